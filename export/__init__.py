@@ -1,0 +1,1 @@
+"""The torch side: what turns a checkpoint into files that need no torch."""

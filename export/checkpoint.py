@@ -1,0 +1,148 @@
+"""ICNet checkpoints in the authors' layout, read and written; and VGG16 backbones.
+
+The layout is a dict with the network's tensors under `state_dict` and, in a training checkpoint, the optimiser's
+state under `optimizer`. Everything is loaded with `weights_only=True`: a checkpoint can't run code.
+"""
+
+import os
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from export.icnet import WIDTH_STEPS, ICNet
+from runtime.errors import CheckpointError
+from runtime.files import replacing
+
+FIRST_LAYER = "vgg.vgg.0.weight"  # 64 output channels at width 1
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> ICNet:
+    """Load the authors' `ICNet_vgg16.pth`, or a checkpoint of ours, of any width.
+
+    Returns:
+        The network, on the CPU, in FP32 and evaluation mode; its width is that of the tensors.
+
+    Raises:
+        CheckpointError: the file can't be read, needs pickled code, or has missing, extra, misshapen or non-finite
+            tensors; the message names them.
+    """
+    state = read_checkpoint(path)["state_dict"]
+    first = state.get(FIRST_LAYER)
+    if first is None or first.ndim != 4:
+        raise CheckpointError(f"{path}: not an ICNet checkpoint: it has no 4-D tensor {FIRST_LAYER}{_examples(state)}")
+    width = first.shape[0] / 64
+    if width * WIDTH_STEPS != int(width * WIDTH_STEPS) or width == 0:
+        raise CheckpointError(
+            f"{path}: {FIRST_LAYER} has {first.shape[0]} output channels; an ICNet of any width has a multiple of 2"
+        )
+    model = ICNet(width)
+    _load_strictly(path, model, state)
+    return model.eval()
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The checkpoint's dict: `state_dict`, a dict of tensors, and whatever else was saved beside it.
+
+    Raises:
+        CheckpointError: the file can't be read, needs pickled code, or is not of this layout.
+    """
+    checkpoint = _load(path)
+    if isinstance(checkpoint, Mapping) and FIRST_LAYER in checkpoint:  # a bare state dict
+        checkpoint = {"state_dict": checkpoint}
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
+        keys = f" (its keys: {', '.join(map(str, list(checkpoint)[:5]))} …)" if isinstance(checkpoint, Mapping) else ""
+        raise CheckpointError(f"{path}: not an ICNet checkpoint: expected a dict with the key 'state_dict'{keys}")
+    checkpoint["state_dict"] = _tensors(path, checkpoint["state_dict"])
+    return checkpoint
+
+
+def save_checkpoint(path: str | os.PathLike[str], model: ICNet, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Write a checkpoint in the authors' layout, so that their code reads ours. Whole or not at all.
+
+    Raises:
+        OutputError: the file can't be written.
+    """
+    checkpoint = {"state_dict": model.state_dict()}
+    if optimizer is not None:
+        checkpoint["optimizer"] = optimizer.state_dict()
+    with replacing(path) as temporary:
+        torch.save(checkpoint, temporary)
+
+
+def load_backbone(model: ICNet, path: str | os.PathLike[str]) -> None:
+    """Initialise the VGG16 of `model` (width 1), in place.
+
+    Args:
+        model: the network; its other layers are left as they are.
+        path: the authors' `vgg16_feat.pth` (keys `0.weight` … `28.bias`) or torchvision's VGG16 (`features.0.weight` …;
+            its classifier is passed over).
+
+    Raises:
+        CheckpointError: as for `load_checkpoint`.
+    """
+    state = _load(path)
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path}: not a VGG16 state dict but {type(state).__name__}")
+    state = _tensors(path, state)
+    if "features.0.weight" in state:
+        state = {k.removeprefix("features."): v for k, v in state.items() if not k.startswith("classifier.")}
+    _load_strictly(path, model.vgg.vgg, state)
+
+
+def _load(path: str | os.PathLike[str]) -> Any:
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about pickle protocols; what matters is an error
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign or damaged file can make the loader stumble in any way
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            raise CheckpointError(
+                f"{path}: needs pickled code to load, which could do anything; save only tensors: "
+                "torch.save({'state_dict': model.state_dict()}, path)"
+            ) from error
+        raise CheckpointError(f"{path}: not a PyTorch checkpoint, or a damaged one") from error
+
+
+def _tensors(path: str | os.PathLike[str], state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{path}: entry {name!r} of the state dict is {type(tensor).__name__}, not a tensor")
+    return dict(state)
+
+
+def _load_strictly(path: str | os.PathLike[str], module: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load every tensor, or say which are missing, extra, misshapen or not finite."""
+    expected = module.state_dict()
+    problems = []
+    if missing := [name for name in expected if name not in state]:
+        problems.append(f"missing {_some(missing)}")
+    if extra := [name for name in state if name not in expected]:
+        problems.append(f"unexpected {_some(extra)}")
+    shared = [name for name in expected if name in state]
+    if misshapen := [
+        f"{name} {list(state[name].shape)} (expected {list(expected[name].shape)})"
+        for name in shared
+        if state[name].shape != expected[name].shape
+    ]:
+        problems.append(f"misshapen {_some(misshapen)}")
+    if broken := [name for name in shared if not torch.isfinite(state[name]).all()]:
+        problems.append(f"NaN or infinite values in {_some(broken)}")
+    if problems:
+        raise CheckpointError(f"{path}: does not fit the network: {'; '.join(problems)}")
+    module.load_state_dict(state)
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} tensor{'s' * (len(names) != 1)}: {', '.join(names[:most])}{more}"
+
+
+def _examples(state: Mapping[str, Tensor]) -> str:
+    return f" (it has {_some(list(state), 3)})" if state else " (it is empty)"

@@ -1,0 +1,58 @@
+"""The command `icnet`: thin subcommands over the functions that the scripts use."""
+
+import argparse
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+
+from runtime.errors import ICNetError
+
+# Each module has `add_arguments(parser)` and `run(args) -> exit code`. Only the one asked for is imported, so that
+# `icnet predict` needs no torch. The extra is what to install when a module's imports fail.
+COMMANDS = {
+    "predict": ("runtime.predict", "cpu", "co-saliency maps and contact sheets for folders of images"),
+    "export": ("export.to_onnx", "export", "a checkpoint to ONNX, proved to compute what the paper's network does"),
+    "bench": ("benchmarks.latency", "bench", "latency and memory on this machine, beside the alternatives"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `icnet`; returns its exit code.
+
+    0, or what the command returned; 2 for bad options or an error of ours, which is printed as one line; 130 if
+    interrupted.
+    """
+    parser = argparse.ArgumentParser(
+        prog="icnet",
+        description="ICNet co-saliency, from checkpoint to production.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="commands:\n" + "\n".join(f"  {name:9} {text}" for name, (*_, text) in COMMANDS.items()),
+    )
+    parser.add_argument("command", choices=COMMANDS, help="see below; 'icnet COMMAND --help' for its options")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+
+    module_name, extra, text = COMMANDS[args.command]
+    prog = f"icnet {args.command}"
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        print(f"{prog}: error: {error.name} is not installed: pip install 'icnet-deploy[{extra}]'", file=sys.stderr)
+        return 2
+    parser = argparse.ArgumentParser(prog=prog, description=text[0].upper() + text[1:] + ".")
+    module.add_arguments(parser)
+    options = parser.parse_args(args.options)
+    warnings.filterwarnings("ignore", module="PIL")  # what matters of it is an error of ours
+    try:
+        return int(module.run(options))
+    except ICNetError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{prog}: stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

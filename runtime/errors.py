@@ -1,0 +1,25 @@
+"""What this package raises. Every message is one line that names the file or tensor and says what to do."""
+
+
+class ICNetError(Exception):
+    """Base of all errors of this package; the command line prints it and exits with code 2."""
+
+
+class InputError(ICNetError):
+    """Images, SISMs or groups that can't be used: unreadable, of the wrong kind, or not matching each other."""
+
+
+class ModelError(ICNetError):
+    """A model file that can't be read, is not an exported ICNet, or can't run what it was given."""
+
+
+class CheckpointError(ICNetError):
+    """A checkpoint that is not ICNet's, or not whole."""
+
+
+class OutputError(ICNetError):
+    """Results that can't be written."""
+
+
+class DependencyError(ICNetError):
+    """A package of an extra is not installed."""

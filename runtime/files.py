@@ -1,0 +1,34 @@
+"""Output files that are either whole or not there."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from runtime.errors import OutputError
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; renamed to `path` if the block ends well, deleted if it does not.
+
+    Missing folders are made. The temporary name keeps the suffix, by which writers choose a format.
+
+    Raises:
+        OutputError: the folder can't be made or written to.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem[:80]}-{secrets.token_hex(4)}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)
+        yield temporary
+        temporary.replace(path)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise OutputError(f"{path}: can't be written: {path.parent} is not a folder") from error
+    except OSError as error:
+        raise OutputError(f"{path}: can't be written: {error.strerror or error}") from error
+    finally:
+        if temporary.parent.is_dir():
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,111 @@
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import icnet_cli
+from export.checkpoint import save_checkpoint
+from export.icnet import ICNet
+from export.to_onnx import write_onnx
+from runtime import Predictor
+
+DATA = Path(__file__).parent / "data"
+BIRDS = DATA / "bird"
+WIDTH = 0.125  # of the networks that most tests run
+
+
+def random_network(width: float = WIDTH, seed: int = 0) -> ICNet:
+    """A network with random weights and biases, and batch-norm statistics that are not the identity."""
+    torch.manual_seed(seed)
+    network = ICNet(width)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.normal_(module.bias, 0, 0.1)
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 1.5)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, 0, 0.2)
+    return network.eval()
+
+
+@pytest.fixture(scope="session")
+def network() -> ICNet:
+    return random_network()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(network: ICNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "icnet.pth"
+    save_checkpoint(path, network)
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_file(network: ICNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of `network`, as `icnet export` writes it."""
+    path = tmp_path_factory.mktemp("model") / "icnet.onnx"
+    write_onnx(network, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def predictor(model_file: Path) -> Iterator[Predictor]:
+    with Predictor(model_file) as predictor:
+        yield predictor
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Make a folder of small noise images: image_folder("img/cats", "a.jpg", "b.jpg")."""
+    rng = np.random.default_rng(0)
+
+    def make(folder: str, *names: str, size: tuple[int, int] = (60, 40), mode: str = "RGB") -> Path:
+        path = tmp_path / folder
+        path.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+            Image.fromarray(pixels).convert(mode).save(path / name)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def icnet(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process: (exit code, standard output, standard error)."""
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = icnet_cli.main([str(a) for a in argv])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out, err
+
+    return run
+
+
+def build_with_tensorrt(path: Path, profile: tuple[int, int, int] = (1, 5, 32)) -> tuple[int, list[str]]:
+    """Parse and build a file with TensorRT-RTX, which needs no GPU for it.
+
+    Returns the engine's size in bytes (0 if it was refused), and the parser's errors.
+    """
+    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx has no wheel for this platform")
+    logger = trt.Logger(trt.Logger.ERROR if "-v" in sys.argv else trt.Logger.INTERNAL_ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(path)):
+        return 0, [parser.get_error(i).desc() for i in range(parser.num_errors)]
+    config = builder.create_builder_config()
+    shapes = builder.create_optimization_profile()
+    for i in range(network.num_inputs):
+        tensor = network.get_input(i)
+        shapes.set_shape(tensor.name, *[(n, *tuple(tensor.shape)[1:]) for n in profile])
+    config.add_optimization_profile(shapes)
+    engine = builder.build_serialized_network(network, config)
+    return (0 if engine is None else engine.nbytes), []

@@ -1,0 +1,154 @@
+"""The network against the oracle, and the oracle against the paper's formulas written as plain loops."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATA, random_network
+from torch import nn
+
+from export.icnet import EPS, CoSaliency, ICNet
+from export.reference import ReferenceCoSaliency, ReferenceICNet
+
+# In FP64 two formulations of one function differ by rounding alone, and no two pixels are near enough to swap.
+EXACT = 1e-10
+
+
+def group(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(n, 3, 12, 12, generator=generator, dtype=torch.float64)
+    sisms = torch.rand(n, 1, 6, 6, generator=generator, dtype=torch.float64)
+    resize = nn.Upsample((224, 224), mode="bilinear")
+    return resize(images), resize(sisms)
+
+
+def test_state_dict_has_the_names_and_shapes_of_the_released_checkpoint_in_its_order():
+    released = json.loads((DATA / "icnet_vgg16_state_dict.json").read_text())
+    ours = {name: list(tensor.shape) for name, tensor in ICNet().state_dict().items()}
+    assert ours == released
+    assert list(ours) == list(released)  # an optimiser's state refers to parameters by position
+
+
+@pytest.mark.parametrize("width", [1 / 32, 0.25, 2.0])
+def test_width_scales_every_channel_count(width):
+    full, scaled = ICNet().state_dict(), ICNet(width).state_dict()
+    fixed = {1, 3, 49, 196, 784}  # map, RGB and pixel axes, kernels
+    for name, tensor in full.items():
+        expected = [d if d in fixed else int(d * width) for d in tensor.shape]
+        assert list(scaled[name].shape) == expected, name
+
+
+@pytest.mark.parametrize("width", [0, -1, 0.3, 1 / 64])
+def test_a_width_without_whole_channel_counts_is_refused(width):
+    with pytest.raises(ValueError, match="multiple of 1/32"):
+        ICNet(width)
+
+
+def sub_module_in_loops(features, sisms, weight, bias):
+    """§3.2 to 3.4 with the 1×1 convolution, for features [N, C, H, W] and resized SISMs [N, H, W]."""
+    n, c, height, width = features.shape
+    pixels = [(y, x) for y in range(height) for x in range(width)]
+    f = np.empty_like(features)
+    for i in range(n):
+        for y, x in pixels:
+            f[i, :, y, x] = features[i, :, y, x] / max(np.linalg.norm(features[i, :, y, x]), EPS)
+    sivs = np.empty((n, c))
+    for i in range(n):
+        v = sum(f[i, :, y, x] * sisms[i, y, x] for y, x in pixels) / len(pixels)
+        sivs[i] = v / max(np.linalg.norm(v), EPS)
+    out = np.empty((n, len(weight), height, width))
+    for i in range(n):
+        maps = np.array([[sivs[m] @ f[i, :, y, x] for y, x in pixels] for m in range(n)])
+        maps = np.array([row / max(np.linalg.norm(row), EPS) for row in maps])
+        scores = np.array([sum(maps[m] @ maps[k] for k in range(n)) for m in range(n)])
+        weights = np.exp(scores) / np.exp(scores).sum()
+        csa = sum(weights[m] * maps[m] for m in range(n))
+        csa = (csa - csa.min()) / (csa.max() - csa.min() + 1e-12)
+        order = sorted(range(len(pixels)), key=lambda p: -csa[p])
+        for p, (y, x) in enumerate(pixels):
+            rscf = [f[i, :, pixels[q][0], pixels[q][1]] @ f[i, :, y, x] * csa[p] for q in order]
+            out[i, :, y, x] = weight @ np.array(rscf) + bias
+    return out
+
+
+@pytest.mark.parametrize("module", [CoSaliency, ReferenceCoSaliency])
+@pytest.mark.parametrize(("n", "channels", "out"), [(1, 6, 4), (3, 6, 4), (4, 40, 48)])
+def test_the_sub_module_is_the_papers_formulas(module, n, channels, out):
+    size = 5
+    torch.manual_seed(n)
+    module = module(channels, out, size).double().eval()
+    sub_module = module.cosal_feat
+    sub_module.conv[1] = nn.Identity()  # the residual block is a plain torch one
+    module.conv = nn.Identity()
+    assert sub_module.weights_first == (out < 20)  # both associations are covered
+    features = torch.randn(n, channels, size, size, dtype=torch.float64)
+    sisms = torch.rand(n, 1, size, size, dtype=torch.float64)
+    weight, bias = sub_module.conv[0].weight.detach().numpy()[:, :, 0, 0], sub_module.conv[0].bias.detach().numpy()
+    with torch.no_grad():
+        found = module(features, sisms).numpy()
+    s = sisms[:, 0].numpy()
+    expected = [sub_module_in_loops(features.numpy(), s, weight, bias) for s in (s, 1 - s)]
+    np.testing.assert_allclose(found, np.concatenate(expected, 1), atol=EXACT)
+
+
+@pytest.mark.parametrize(("width", "n"), [(0.25, 1), (0.25, 4), (1.0, 2)])
+def test_the_network_is_the_oracle(width, n):
+    network = random_network(width).double()
+    images, sisms = group(n)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            network(images, sisms), ReferenceICNet.of(network).double()(images, sisms), atol=EXACT, rtol=0
+        )
+
+
+def test_training_gives_the_oracles_four_maps_gradients_and_batch_statistics():
+    network = random_network(0.125).double().train()
+    oracle = ReferenceICNet.of(network).double().train()
+    images, sisms = group(3)
+    for model in (network, oracle):
+        maps = model(images, sisms)
+        assert [tuple(m.shape) for m in maps] == [(3, 1, side, side) for side in (28, 56, 112, 224)]
+        sum((m**2).sum() for m in maps).backward()
+    for map_ours, map_oracle in zip(network(images, sisms), oracle(images, sisms), strict=True):
+        torch.testing.assert_close(map_ours, map_oracle, atol=EXACT, rtol=0)
+    for (name, ours), theirs in zip(network.named_parameters(), oracle.parameters(), strict=True):
+        scale = theirs.grad.abs().max().item() + 1  # biases before a batch norm have a gradient of zero
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-9 * scale, rtol=0, msg=name)
+    for (name, ours), theirs in zip(network.named_buffers(), oracle.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=EXACT, rtol=EXACT, msg=name)
+
+
+def test_permuting_a_group_permutes_its_maps():
+    network = random_network().double()
+    images, sisms = group(5)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            network(images[order], sisms[order]), network(images, sisms)[order], atol=EXACT, rtol=0
+        )
+
+
+def test_images_of_a_group_talk_to_each_other():
+    network = random_network().double()
+    images, sisms = group(3)
+    others, _ = group(3, seed=1)
+    with torch.no_grad():
+        together = network(images, sisms)
+        changed = network(torch.cat([images[:1], others[1:]]), sisms)
+    assert (together[0] - changed[0]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("image", [0.0, 1.0, "noise"])
+@pytest.mark.parametrize("sism", [0.0, 1.0, "noise"])
+def test_degenerate_inputs_give_finite_maps(n, image, sism):
+    network = random_network()
+    images, sisms = (t.float() for t in group(n))
+    images = images if image == "noise" else torch.full_like(images, image)
+    sisms = sisms if sism == "noise" else torch.full_like(sisms, sism)
+    with torch.no_grad():
+        maps = network(images, sisms)
+    assert maps.isfinite().all()
+    assert maps.min() >= 0
+    assert maps.max() <= 1
