@@ -2,8 +2,8 @@
 
 The file is run by ONNX Runtime and compared with the oracle, the network as the paper writes it, in FP32. How much may
 they differ? The order in which RSCF puts the pixels is discontinuous: two sums that differ in their last bit can swap
-two near-equal pixels, and a swap can move a pixel of the output by 1e-2 or more. So no fixed tolerance is right; but the
-same happens to the oracle itself: its FP32 against its FP64, on the same weights and inputs, is the noise floor.
+two near-equal pixels, and a swap can move a pixel of the output by 1e-2 or more. So no fixed tolerance is right; but
+the same happens to the oracle itself: its FP32 against its FP64, on the same weights and inputs, is the noise floor.
 
 With e(x) = |x - FP64|, the triangle inequality gives |file - oracle| ≤ e(file) + e(oracle). A correct file rounds as
 often as the oracle does, so its e is another draw from the distribution of which the floor is one: expected,

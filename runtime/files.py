@@ -20,15 +20,32 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem[:80]}-{secrets.token_hex(4)}{path.suffix}")
+    with _output_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch(exist_ok=False)
+            yield temporary
+            temporary.replace(path)
+        finally:
+            if temporary.parent.is_dir():
+                temporary.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a result of an earlier run, if there is one.
+
+    Raises:
+        OutputError: it can't be deleted.
+    """
+    with _output_errors(path):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _output_errors(path: Path) -> Iterator[None]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch(exist_ok=False)
-        yield temporary
-        temporary.replace(path)
+        yield
     except (FileExistsError, NotADirectoryError) as error:
         raise OutputError(f"{path}: can't be written: {path.parent} is not a folder") from error
     except OSError as error:
         raise OutputError(f"{path}: can't be written: {error.strerror or error}") from error
-    finally:
-        if temporary.parent.is_dir():
-            temporary.unlink(missing_ok=True)

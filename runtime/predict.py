@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from runtime.contact_sheet import contact_sheet
 from runtime.errors import ICNetError, InputError, OutputError
-from runtime.files import replacing
+from runtime.files import remove, replacing
 from runtime.groups import Group, find_groups
 from runtime.predictor import Predictor
 from runtime.preprocess import image_tensor, restore_map, sism_tensor
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
             _check_settings(args.output, settings)
         todo = [g for g in groups if not (args.resume and _finished(g, args.output))]
         for group in todo:  # a sheet says that its group is finished
-            _sheet_path(group, args.output).unlink(missing_ok=True)
+            remove(_sheet_path(group, args.output))
         with replacing(args.output / SETTINGS) as temporary:
             temporary.write_text(json.dumps(settings, indent=2) + "\n")
         if len(todo) < len(groups):

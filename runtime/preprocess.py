@@ -102,7 +102,9 @@ def _open(path: Path) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise _too_many_pixels(str(path)) from error
     except OSError as error:
-        raise InputError(f"{path}: can't be read: {error.strerror or error}") from error
+        if error.errno is None:  # Pillow's own, about the content
+            raise _damaged(str(path), error) from error
+        raise InputError(f"{path}: can't be read: {error.strerror}") from error
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
@@ -111,7 +113,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     try:
         image = ImageOps.exif_transpose(image)
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
-        raise InputError(f"{name}: damaged or truncated image: {error}") from error
+        raise _damaged(name, error) from error
     if image.mode.startswith("I;16"):
         return _from_array(np.asarray(image).astype(np.uint16), name)
     if image.mode == "I":  # how Pillow reads some 16-bit files
@@ -122,6 +124,10 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "F":
         return _from_array(np.asarray(image), name)
     return image
+
+
+def _damaged(name: str, error: Exception) -> InputError:
+    return InputError(f"{name}: damaged or truncated image: {error}")
 
 
 def _too_many_pixels(name: str) -> InputError:

@@ -1,0 +1,225 @@
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import BIRDS, random_network
+from PIL import Image
+
+from export.icnet import Uint8Interface
+from export.reference import ReferenceICNet
+from export.to_onnx import write_onnx
+from runtime import ICNetError, InputError, ModelError, Predictor
+from runtime.preprocess import image_tensor, restore_map, sism_tensor
+
+PHOTOS = sorted(BIRDS.glob("*.jpg"))
+RNG = np.random.default_rng(0)
+
+
+def tensors(n):
+    return (
+        RNG.integers(0, 256, (n, 224, 224, 3), dtype=np.uint8),
+        RNG.integers(0, 256, (n, 224, 224), dtype=np.uint8),
+    )
+
+
+def test_maps_of_photographs_are_the_papers(predictor, network):
+    """The whole chain, beside the oracle fed by Pillow: one map per image, at its own size."""
+    sisms = [Image.open(p).convert("L") for p in PHOTOS]
+    maps = predictor(PHOTOS, sisms)
+    images = torch.from_numpy(np.stack([image_tensor(p)[0] for p in PHOTOS]))
+    with torch.no_grad():
+        expected = Uint8Interface(ReferenceICNet.of(network))(
+            images, torch.from_numpy(np.stack([*map(sism_tensor, sisms)]))
+        )
+    for photo, found, tensor in zip(PHOTOS, maps, expected.numpy(), strict=True):
+        image = Image.open(photo)
+        assert found.shape == (image.height, image.width)
+        assert found.dtype == np.float32
+        assert found.min() >= 0
+        assert found.max() <= 1
+        assert abs(found - restore_map(tensor, image.size)).mean() < 1e-3
+    assert max(m.std() for m in maps) > 0.01  # not all one grey
+
+
+def test_paths_arrays_and_pil_images_give_the_same_maps(predictor):
+    sisms = [np.asarray(Image.open(p).convert("L")) for p in PHOTOS]
+    as_paths = predictor(PHOTOS, sisms)
+    as_text = predictor(map(str, PHOTOS), iter(sisms))
+    as_arrays = predictor([np.asarray(Image.open(p)) for p in PHOTOS], sisms)
+    as_images = predictor([Image.open(p) for p in PHOTOS], [Image.fromarray(s) for s in sisms])
+    for others in (as_text, as_arrays, as_images):
+        for one, other in zip(as_paths, others, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_stacked_arrays_are_groups(predictor):
+    images, sisms = tensors(3)
+    for one, other in zip(predictor(images, sisms), predictor([*images], [*sisms]), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_resized_tensors_go_straight_in(predictor):
+    images, sisms = tensors(4)
+    maps = predictor.predict_tensors(images, sisms)
+    assert (maps.shape, maps.dtype) == ((4, 224, 224), np.float32)
+    np.testing.assert_array_equal(maps, np.stack(predictor(images, sisms)))
+
+
+def test_tensors_need_not_be_contiguous(predictor):
+    images, sisms = tensors(4)
+    expected = predictor.predict_tensors(images[::2].copy(), sisms[::2].copy())
+    np.testing.assert_array_equal(predictor.predict_tensors(images[::2], sisms[::2]), expected)
+
+
+def test_several_threads_at_once(predictor):
+    groups = [tensors(n) for n in (1, 2, 3, 1, 4, 2, 1, 3)]
+    expected = [predictor.predict_tensors(*group) for group in groups]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda group: predictor.predict_tensors(*group), groups * 3))
+    for one, other in zip(expected * 3, found, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_closing(model_file):
+    predictor = Predictor(model_file, threads=1)
+    with predictor as entered:
+        assert entered is predictor
+        predictor.predict_tensors(*tensors(1))
+    predictor.close()
+    with pytest.raises(ICNetError, match="closed"):
+        predictor.predict_tensors(*tensors(1))
+    with pytest.raises(ICNetError, match="closed"):
+        predictor(PHOTOS, PHOTOS)
+
+
+@pytest.mark.parametrize(
+    ("images", "sisms", "message"),
+    [
+        ([], [], "no images"),
+        (PHOTOS, PHOTOS[:2], "5 images but 2 SISMs"),
+        (str(PHOTOS[0]), [PHOTOS[0]], "images: expected a sequence with one entry per image, got str"),
+        (PHOTOS[0], [PHOTOS[0]], "images: expected a sequence"),
+        (PHOTOS, "sisms", "sisms: expected a sequence"),
+        (None, [], "images: expected a sequence"),
+        (np.zeros((50, 60, 3), np.uint8), np.zeros((50, 60), np.uint8), r"images: .* one array of shape \(50, 60, 3\)"),
+        ([np.zeros((9, 9), np.int64)], [np.zeros((9, 9), np.uint8)], r"images\[0\]: dtype int64"),
+        ([np.zeros((9, 9), np.uint8)], [np.full((9, 9), np.nan)], r"sisms\[0\]: holds NaN"),
+        (["none.jpg"], ["none.png"], "none.jpg: no such file"),
+    ],
+)
+def test_groups_that_can_not_be_used(predictor, images, sisms, message):
+    with pytest.raises(InputError, match=message):
+        predictor(images, sisms)
+
+
+@pytest.mark.parametrize(
+    ("images", "sisms", "message"),
+    [
+        (
+            np.zeros((2, 224, 224, 3), np.float32),
+            np.zeros((2, 224, 224), np.uint8),
+            "expected images uint8 .* got images float32",
+        ),
+        (
+            np.zeros((2, 3, 224, 224), np.uint8),
+            np.zeros((2, 224, 224), np.uint8),
+            r"got images uint8 \[2, 3, 224, 224\]",
+        ),
+        (
+            np.zeros((2, 224, 224, 3), np.uint8),
+            np.zeros((224, 224), np.uint8),
+            r"expected sisms .* got sisms uint8 \[224, 224\]",
+        ),
+        (np.zeros((2, 224, 224, 3), np.uint8), np.zeros((3, 224, 224), np.uint8), "2 images but 3 SISMs"),
+        (np.zeros((0, 224, 224, 3), np.uint8), np.zeros((0, 224, 224), np.uint8), "no images"),
+        ([[1]], np.zeros((1, 224, 224), np.uint8), "images: expected a NumPy array, got list"),
+    ],
+)
+def test_tensors_that_can_not_be_used(predictor, images, sisms, message):
+    with pytest.raises(InputError, match=message):
+        predictor.predict_tensors(images, sisms)
+
+
+def test_threads_must_be_positive(model_file):
+    with pytest.raises(InputError, match="threads=0"):
+        Predictor(model_file, threads=0)
+
+
+def other_model(path):
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 3])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 3])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), path)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda p: p.write_bytes(b"not a model"), "not an ONNX model"),
+        (lambda p: p.write_bytes(b""), "not an ONNX model|not an ICNet export"),
+        (
+            other_model,
+            r"not an ICNet export: expected inputs images uint8 \[N, 224, 224, 3\], .* found inputs x float32 \[1, 3\]",
+        ),
+        (lambda p: write_onnx(random_network(1 / 32), p, "float32"), "--io float32"),
+        (lambda p: None, "no such model file"),
+        (lambda p: p.mkdir(), "no such model file"),
+    ],
+)
+def test_files_that_are_no_model_of_ours(tmp_path, write, message):
+    path = tmp_path / "model.onnx"
+    write(path)
+    with pytest.raises(ModelError, match=rf"model\.onnx: .*({message})"):
+        Predictor(path)
+
+
+def test_a_model_for_a_fixed_group_says_so(model_file, tmp_path):
+    model = onnx.load(model_file)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 3
+    onnx.save(model, tmp_path / "three.onnx")
+    with Predictor(tmp_path / "three.onnx") as predictor:
+        assert predictor.predict_tensors(*tensors(3)).shape == (3, 224, 224)
+        for call in (lambda: predictor.predict_tensors(*tensors(2)), lambda: predictor(*tensors(2))):
+            with pytest.raises(ModelError, match=r"three\.onnx: built for groups of exactly 3 images, got 2"):
+                call()
+
+
+def test_a_model_that_computes_nan_is_an_error_not_a_map(model_file, tmp_path):
+    model = onnx.load(model_file)
+    first = next(i for i in model.graph.initializer if i.name.endswith("vgg.0.bias"))
+    values = onnx.numpy_helper.to_array(first).copy()
+    values[0] = np.nan
+    first.CopyFrom(onnx.numpy_helper.from_array(values, first.name))
+    onnx.save(model, tmp_path / "nan.onnx")
+    with Predictor(tmp_path / "nan.onnx") as predictor, pytest.raises(ModelError, match="NaN or infinite"):
+        predictor.predict_tensors(*tensors(1))
+
+
+def test_importing_the_runtime_loads_neither_torch_nor_an_engine():
+    code = """
+import sys
+before = set(sys.modules)
+import runtime
+heavy = {"torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "pycuda", "cuda", "cv2", "rich"}
+loaded = {name.partition(".")[0] for name in set(sys.modules) - before}
+assert not loaded & heavy, loaded & heavy
+assert len(set(sys.modules) - before) < 400
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_predicting_needs_no_torch(model_file):
+    code = f"""
+import sys
+sys.modules["torch"] = sys.modules["onnx"] = None  # importing them fails
+from runtime import Predictor
+with Predictor({str(model_file)!r}) as predictor:
+    print(len(predictor([{str(PHOTOS[0])!r}], [{str(PHOTOS[0])!r}])))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True)
+    assert done.stdout == "1\n"
