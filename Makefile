@@ -29,6 +29,7 @@ clean:
 	rm -rf build .venv
 
 .venv/%: pyproject.toml constraints.txt
+	@echo "Setting up .venv (minutes the first time: it installs PyTorch)"
 	@test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	@touch $@

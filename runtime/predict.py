@@ -83,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
     if failed and len(todo) > 1:
         console.print(f"{failed} of {len(todo)} groups failed; mend them and go on with --resume")
     if failed < len(todo):
-        print(f"maps in {args.output}/GROUP/, contact sheets in {args.output}/GROUP.jpg")
+        name = groups[0].name if len(groups) == 1 else "GROUP"
+        print(f"maps: {args.output / name}/*.png, contact sheet: {args.output / name}.jpg")
     return 2 if failed else 0
 
 
