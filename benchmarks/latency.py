@@ -38,7 +38,7 @@ from export.checkpoint import load_checkpoint, save_checkpoint
 from export.icnet import ICNet
 from export.reference import ReferenceICNet
 from export.to_onnx import write_onnx
-from runtime import __version__
+from runtime import InputError, __version__
 from runtime.files import replacing
 
 Results = dict[str, Any]
@@ -57,9 +57,12 @@ def run(args: argparse.Namespace) -> int:
     """Race the contenders and print a table.
 
     Raises:
+        InputError: an option below 1.
         CheckpointError: the checkpoint can't be loaded.
         OutputError: the results can't be written.
     """
+    if min(args.sizes) < 1 or args.rounds < 1 or args.threads < 1:
+        raise InputError("--sizes, --rounds and --threads take numbers from 1")
     console = Console()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as name, Progress(console=console, transient=True) as progress:
@@ -81,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
                     runners[label](*tensors)
                     times[label].append(time.perf_counter() - start)
                 progress.advance(bar)
-            groups.append({"n": n, "contenders": {k: _summary(times[k], maps[k], maps) for k in times}})
+            groups.append({"n": n, "contenders": _summaries(times, maps)})
         for group in groups:
             progress.update(bar, description=f"memory, group of {group['n']}")
             for label, row in group["contenders"].items():
@@ -123,12 +126,18 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
-def _summary(times: list[float], maps: np.ndarray, all_maps: dict[str, np.ndarray]) -> dict[str, float]:
-    first = next(iter(all_maps.values()))
+def _summaries(times: dict[str, list[float]], maps: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """Per contender: median and 90th percentile, how many times as fast as the first, and how far from its maps."""
+    first = next(iter(times))
+    base = float(np.median(times[first]))
     return {
-        "median_s": float(np.median(times)),
-        "p90_s": float(np.percentile(times, 90)),
-        "mean_difference": float(np.abs(maps - first).mean()),
+        label: {
+            "median_s": float(np.median(seconds)),
+            "p90_s": float(np.percentile(seconds, 90)),
+            "ratio": base / float(np.median(seconds)),
+            "mean_difference": float(np.abs(maps[label] - maps[first]).mean()),
+        }
+        for label, seconds in times.items()
     }
 
 
@@ -141,20 +150,22 @@ def _peak_memory(label: str, folder: Path, n: int, threads: int) -> int:
 def table(results: Results) -> Table:
     """The results, for a terminal."""
     first = next(iter(CONTENDERS))
-    grid = Table(title=f"{results['machine']['cpu']}, {results['machine']['threads']} threads, times of a whole group")
+    grid = Table(
+        title=f"{results['machine']['cpu']}, {results['machine']['threads']} threads; times of a whole group",
+        caption=f"ratio: times as fast as {first}; memory: the peak of a process that runs it alone",
+    )
     grid.add_column("N", justify="right")
     grid.add_column("contender")
-    for column in ("median", "p90", f"times as fast\nas {first}", "peak memory", "mean |Δ|"):
-        grid.add_column(column, justify="right")
+    for column in ("median", "p90", "ratio", "memory", "mean |Δ|"):
+        grid.add_column(column, justify="right", no_wrap=True)
     for group in results["groups"]:
-        base = group["contenders"][first]["median_s"]
         for label, row in group["contenders"].items():
             grid.add_row(
                 str(group["n"]),
                 label,
                 f"{row['median_s'] * 1e3:.0f} ms",
                 f"{row['p90_s'] * 1e3:.0f} ms",
-                f"{base / row['median_s']:.2f}",
+                f"{row['ratio']:.2f}",
                 f"{row['peak_memory_bytes'] / 1e6:.0f} MB",
                 f"{row['mean_difference']:.0e}",
             )

@@ -243,4 +243,4 @@ def test_a_missing_package_is_named_with_its_extra():
     code = "import sys; sys.modules['torch'] = None; import icnet_cli; sys.exit(icnet_cli.main(['export']))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "icnet export: error: torch is not installed: pip install 'icnet-deploy[export]'\n"
+    assert done.stderr == "icnet export: error: torch is not installed: pip install 'icnet-deploy[cpu,export]'\n"
