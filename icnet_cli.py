@@ -12,8 +12,8 @@ from runtime.errors import ICNetError
 # `icnet predict` needs no torch. The extra is what to install when a module's imports fail.
 COMMANDS = {
     "predict": ("runtime.predict", "cpu", "co-saliency maps and contact sheets for folders of images"),
-    "export": ("export.to_onnx", "export", "a checkpoint to ONNX, proved to compute what the paper's network does"),
-    "bench": ("benchmarks.latency", "bench", "latency and memory on this machine, beside the alternatives"),
+    "export": ("export.to_onnx", "cpu,export", "a checkpoint to ONNX, proved to compute what the paper's network does"),
+    "bench": ("benchmarks.latency", "cpu,export", "latency and memory on this machine, beside the alternatives"),
 }
 
 
