@@ -11,6 +11,9 @@ along its algebra, without either:
 - reordering the rows of the self-correlation is reordering the columns of the features *before* the product;
 - the 1×1 convolution that follows is linear, so the product is associated in the cheaper order.
 
+In FP32 every cast below is none. With FP16 weights (`fp16.py`) convolutions and products run in FP16; norms, softmax,
+min–max, sort key and every ε stay in FP32, where FP16 overflows (‖F‖² of VGG features) or has no number (ε = 1e-12).
+
 Shape comments: N images in the group, M SIVs in the bank (M = N for a group on its own), P = 2 polarities
 (foreground, background), C channels, HW = H·W pixels, K channels out of the 1×1 convolution.
 """
@@ -33,8 +36,14 @@ def resize(x: Tensor, size: int) -> Tensor:
     return F.interpolate(x, size=(size, size), mode="bilinear", align_corners=True)
 
 
+def at_least_fp32(x: Tensor) -> Tensor:
+    """FP16 as FP32; anything else as it is."""
+    return x.float() if x.dtype == torch.float16 else x
+
+
 def l2_normalise(x: Tensor, dim: int) -> Tensor:
-    """X / max(‖x‖₂, ε) along `dim`; a zero vector stays zero."""
+    """Divide by max(‖x‖₂, ε) along `dim`, in FP32 at least; a zero vector stays zero."""
+    x = at_least_fp32(x)
     return x / x.norm(dim=dim, keepdim=True).clamp_min(EPS)
 
 
@@ -115,26 +124,27 @@ class CorrelationFusion(nn.Module):
 
         Args:
             f: normalised features, [N, C, HW].
-            sisms: [N, 1, 224, 224], in [0, 1].
+            sisms: [N, 1, 224, 224], in [0, 1], FP32.
 
         Returns:
-            [N, P, C]: one unit vector per image for what its SISM marks, one for what it leaves.
+            FP32 [N, P, C]: one unit vector per image for what its SISM marks, one for what it leaves.
         """
         s = torch.cat([sisms, 1 - sisms], 1)  # [N, P, 224, 224]; a SISM of all 1 leaves an exact 0 to resize
         s = resize(s, self.size).flatten(2)  # [N, P, HW]
-        return l2_normalise(s @ f.transpose(1, 2) / f.shape[2], 2)  # [N, P, C]
+        v = s.to(f.dtype) @ f.transpose(1, 2)  # [N, P, C]
+        return l2_normalise(at_least_fp32(v) / f.shape[2], 2)
 
     def attention(self, f: Tensor, bank: Tensor) -> Tensor:
         """CFM (§3.3, eq. 2): the co-salient attention (CSA) of each image, given its group's SIVs.
 
         Args:
             f: normalised features, [N, C, HW].
-            bank: SIVs of the whole group, [M, P, C].
+            bank: SIVs of the whole group, FP32 [M, P, C].
 
         Returns:
-            [N, P, HW], each row in [0, 1].
+            FP32 [N, P, HW], each row in [0, 1].
         """
-        maps = bank.transpose(0, 1) @ f.unsqueeze(1)  # [P, M, C] @ [N, 1, C, HW] = [N, P, M, HW]
+        maps = bank.to(f.dtype).transpose(0, 1) @ f.unsqueeze(1)  # [P, M, C] @ [N, 1, C, HW] = [N, P, M, HW]
         maps = l2_normalise(maps, 3)
         # Σ_k ⟨c_m, c_k⟩ = ⟨c_m, Σ_k c_k⟩: no M×M matrix per image.
         agreement = maps @ maps.sum(2).unsqueeze(3)  # [N, P, M, HW] @ [N, P, HW, 1] = [N, P, M, 1]
@@ -146,7 +156,7 @@ class CorrelationFusion(nn.Module):
 
         Args:
             f: normalised features, [N, C, HW].
-            csa: [N, P, HW].
+            csa: FP32 [N, P, HW].
 
         Returns:
             [N, P, K, HW].
@@ -162,11 +172,11 @@ class CorrelationFusion(nn.Module):
         f = f.unsqueeze(1)  # [N, 1, C, HW]
         x = (w @ f_sorted) @ f if self.weights_first else w @ (f_sorted @ f)  # [N, P, K, HW]
         # CSA is one number per pixel, the same for every channel: it commutes with the 1×1 convolution.
-        return x * csa.unsqueeze(2) + bias.view(-1, 1)
+        return x * csa.to(x.dtype).unsqueeze(2) + bias.view(-1, 1)
 
     def forward(self, features: Tensor, sisms: Tensor) -> Tensor:
         """[N, C, H, W], [N, 1, 224, 224] → [N, P·K, H, W]: foreground channels, then background channels."""
-        f = l2_normalise(features.flatten(2), 1)  # [N, C, HW], shared by both polarities
+        f = l2_normalise(features.flatten(2), 1).to(features.dtype)  # [N, C, HW], shared by both polarities
         csa = self.attention(f, self.sivs(f, sisms))  # [N, P, HW]
         x = self.rscf(f, csa).unflatten(3, (self.size, self.size))  # [N, P, K, H, W]
         residual = self.conv[1]
@@ -220,7 +230,7 @@ class Decoder(nn.Module):
         """[N, C, H, W], [N, 1, 28, 28], [N, 1, 224, 224], [N, K, H/2, W/2] → features [N, K, H, W]."""
         size = low.shape[-1]
         low = self.cmprs(low)
-        gated = [low * resize(map_4, size), low * resize(sisms, size), resize(previous, size)]
+        gated = [low * resize(map_4, size), low * resize(sisms, size).to(low.dtype), resize(previous, size)]
         return self.merge_conv(torch.cat(gated, 1))
 
 
@@ -282,7 +292,8 @@ class ICNet(nn.Module):
             In evaluation mode map_1, [N, 1, 224, 224] in [0, 1]. In training mode (map_4, map_3, map_2, map_1), with
             sides 28, 56, 112 and 224.
         """
-        conv1_2, conv2_2, conv3_3, conv4_3, conv5_3 = self.vgg(images)
+        precision = self.conv5_cmprs.weight.dtype
+        conv1_2, conv2_2, conv3_3, conv4_3, conv5_3 = self.vgg(images.to(precision))
         co6 = self.Co6(self.conv6_cmprs(conv5_3), sisms)  # [N, 128, 7, 7]
         co5 = self.Co5(self.conv5_cmprs(conv5_3), sisms)  # [N, 128, 14, 14]
         co4 = self.Co4(self.conv4_cmprs(conv4_3), sisms)  # [N, 128, 28, 28]
@@ -296,7 +307,7 @@ class ICNet(nn.Module):
         feat_1 = self.refine_1(conv1_2, map_4, sisms, feat_2)  # [N, 32, 224, 224]
         map_1 = self.refine_1.pred(feat_1)  # [N, 1, 224, 224]
         if not self.training:
-            return map_1
+            return at_least_fp32(map_1)
         return map_4, self.refine_3.pred(feat_3), self.refine_2.pred(feat_2), map_1
 
 

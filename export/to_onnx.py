@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import logging
 import warnings
+from functools import partial
 
 import onnx
 import torch
@@ -20,8 +21,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from export.checkpoint import load_checkpoint
+from export.fp16 import half_precision
 from export.icnet import ICNet, Uint8Interface
-from export.proof import check, compare, proof_cases, table
+from export.proof import ALLOWED_FLOORS, check, compare, table
+from export.samples import samples
 from runtime import __version__
 from runtime.contract import FLOAT_INPUTS, FLOAT_OUTPUTS, INPUTS, OUTPUTS
 from runtime.files import replacing
@@ -36,7 +39,7 @@ def write_onnx(
     """Trace a network and write it as one ONNX file, weights inside, with a dynamic group axis N ≥ 1.
 
     Args:
-        network: in evaluation mode.
+        network: in evaluation mode, in FP32 or from `half_precision`.
         path: the file to write.
         interface: "uint8", the file contract; or "float32", the authors' (ImageNet-normalised float32
             [N, 3, 224, 224] and [N, 1, 224, 224] → [N, 1, 224, 224]).
@@ -79,6 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="uint8",
         help="uint8 (default): resized bytes in, normalisation in the graph; float32: the authors' normalised tensors",
     )
+    parser.add_argument(
+        "--precision",
+        choices=ALLOWED_FLOORS,
+        default="fp32",
+        help="fp16: convolutions and products in half precision, for GPUs; half the file (default fp32)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -97,22 +106,26 @@ def run(args: argparse.Namespace) -> int:
         "checkpoint": args.checkpoint.name,
         "checkpoint_sha256": hashlib.sha256(args.checkpoint.read_bytes()).hexdigest(),
         "width": f"{network.width:g}",
-        "precision": "fp32",
+        "precision": args.precision,
         "io": args.io,
         "opset": str(OPSET),
         "torch": torch.__version__,
     }
     with replacing(args.output) as temporary:
-        cases = proof_cases()
+        groups = samples()
         with Progress(console=console, transient=True) as progress:
-            bar = progress.add_task("tracing", total=len(cases) + 1)
-            write_onnx(network, temporary, args.io, provenance)
+            bar = progress.add_task("tracing", total=len(groups) + 1)
+            typed = half_precision(network) if args.precision == "fp16" else network
+            write_onnx(typed, temporary, args.io, provenance)
             progress.update(bar, advance=1, description="proving")
-            differences = compare(temporary, network, args.io, cases, step=lambda: progress.advance(bar))
-        console.print(table(differences))
-        check(args.output, differences)
+            step = partial(progress.advance, bar)
+            differences = compare(temporary, network, args.io, args.precision, groups, step)
+        console.print(table(differences, args.precision))
+        check(args.output, differences, args.precision)
     size = args.output.stat().st_size / 1e6
     console.print(
-        f"{args.output}: {size:.1f} MB, width {network.width:g}, any group size", highlight=False, soft_wrap=True
+        f"{args.output}: {size:.1f} MB, {args.precision}, width {network.width:g}, any group size",
+        highlight=False,
+        soft_wrap=True,
     )
     return 0

@@ -8,23 +8,26 @@ from conftest import build_with_tensorrt, random_network
 from onnx import numpy_helper
 
 from export.checkpoint import save_checkpoint
+from export.fp16 import half_precision
 from export.icnet import ICNet, Uint8Interface
-from export.proof import Difference, allowed, check, compare, proof_cases, random_group
+from export.proof import Difference, allowed, check, compare
 from export.reference import ReferenceICNet
+from export.samples import samples, smooth_group
 from export.to_onnx import INTERFACES, write_onnx
 from runtime import ModelError
 from runtime.contract import INPUTS, OUTPUTS
 
+EXPORTS = [(io, width, "fp32") for io in INTERFACES for width in (0.25, 1.0)]
+EXPORTS += [("uint8", 0.25, "fp16"), ("uint8", 1.0, "fp16"), ("float32", 0.25, "fp16")]
 
-@pytest.fixture(
-    scope="module", params=[(io, w) for io in INTERFACES for w in (0.25, 1.0)], ids=lambda p: f"{p[0]}-{p[1]}"
-)
+
+@pytest.fixture(scope="module", params=EXPORTS, ids=lambda p: "-".join(map(str, p)))
 def exported(request, tmp_path_factory):
-    io, width = request.param
+    io, width, precision = request.param
     path = tmp_path_factory.mktemp("export") / "icnet.onnx"
     network = random_network(width)
-    write_onnx(network, path, io, {"precision": "fp32"})
-    return path, network, io
+    write_onnx(half_precision(network) if precision == "fp16" else network, path, io, {"precision": precision})
+    return path, network, io, precision
 
 
 def test_tensorrt_parses_and_builds_it(exported):
@@ -66,7 +69,7 @@ def test_the_graph_has_no_computed_kernel_and_no_pixels_by_pixels_tensor(exporte
 
 
 def test_the_file_explains_itself(exported):
-    path, _, io = exported
+    path, _, io, precision = exported
     model = onnx.load(path, load_external_data=False)
     onnx.checker.check_model(model, full_check=True)
     expected = [*INPUTS, *OUTPUTS] if io == "uint8" else [*INTERFACES[io][0], *INTERFACES[io][1]]
@@ -75,19 +78,19 @@ def test_the_file_explains_itself(exported):
         assert onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type) == np.dtype(spec.dtype)
         shape = value.type.tensor_type.shape.dim
         assert [d.dim_param or d.dim_value for d in shape] == list(spec.shape)
-    assert {p.key: p.value for p in model.metadata_props} == {"precision": "fp32"}
+    assert {p.key: p.value for p in model.metadata_props} == {"precision": precision}
     assert not any(i.external_data for i in model.graph.initializer)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 def test_it_computes_what_the_paper_computes(exported):
     """At full width on few images; the next test has more of them."""
-    path, network, io = exported
-    check(path, compare(path, network, io, proof_cases(sizes=(1, 2))))
+    path, network, io, precision = exported
+    check(path, compare(path, network, io, precision, groups=samples(sizes=(1, 2))), precision)
 
 
 def test_exported_at_one_size_and_right_at_any(model_file, network):
-    differences = compare(model_file, network, cases=proof_cases(sizes=(1, 2, 17, 64)))
+    differences = compare(model_file, network, groups=samples(sizes=(1, 2, 17, 64)))
     assert [d.name for d in differences][:4] == ["N = 1", "N = 2", "N = 17", "N = 64"]
     check(model_file, differences)
 
@@ -114,7 +117,7 @@ def test_the_proof_refuses_a_file_that_computes_something_else(mistake, tmp_path
     mistake(wrong)
     path = tmp_path / "wrong.onnx"
     write_onnx(wrong, path)
-    differences = compare(path, network, cases=proof_cases(sizes=(1, 3)))
+    differences = compare(path, network, groups=samples(sizes=(1, 3)))
     with pytest.raises(ModelError, match="differ from the paper's network"):
         check(path, differences)
 
@@ -124,7 +127,7 @@ def test_the_proof_refuses_maps_that_are_not_finite(tmp_path):
     path = tmp_path / "oracle.onnx"
     network = random_network()
     write_onnx(ReferenceICNet.of(network), path)  # written with "+ 1e-12", which the exporter's optimiser drops
-    differences = compare(path, network, cases=proof_cases(sizes=(2,)))
+    differences = compare(path, network, groups=samples(sizes=(2,)))
     assert np.isfinite(differences[0].max)
     assert differences[-1].max == np.inf
     with pytest.raises(ModelError):
@@ -135,11 +138,12 @@ def test_the_bound_follows_the_floor():
     noisy = Difference("all", max=0.0, mean=0.0, floor_max=0.02, floor_mean=0.003)
     assert allowed(noisy) == pytest.approx((0.08, 0.012))
     quiet = Difference("all", max=0.0, mean=0.0, floor_max=0.0, floor_mean=0.0)
-    assert allowed(quiet) == (1e-2, 1e-4)  # what no 8-bit map can show passes
+    assert allowed(noisy, "fp16") == pytest.approx((0.04, 0.006))
+    assert allowed(quiet) == allowed(quiet, "fp16") == (1e-2, 1e-4)  # what no 8-bit map can show passes
 
 
-def test_differences_are_pooled_over_images_not_over_cases(model_file, network):
-    one, three, overall = compare(model_file, network, cases=[random_group(1, seed=1), random_group(3, seed=3)])
+def test_differences_are_pooled_over_images_not_over_groups(model_file, network):
+    one, three, overall = compare(model_file, network, groups=[smooth_group(1, seed=1), smooth_group(3, seed=3)])
     assert overall.max == max(one.max, three.max)
     assert overall.mean == pytest.approx((one.mean + 3 * three.mean) / 4)
     assert overall.floor_mean == pytest.approx((one.floor_mean + 3 * three.floor_mean) / 4)
@@ -161,14 +165,15 @@ def test_preprocessing_in_the_graph_is_the_authors(network):
     np.testing.assert_allclose(seen["s"].numpy()[:, 0], sisms / 255, atol=1e-7)
 
 
-@pytest.mark.parametrize("io", INTERFACES)
-def test_icnet_export(icnet, checkpoint, tmp_path, io):
-    code, out, _ = icnet("export", "--checkpoint", checkpoint, "--output", tmp_path / "new" / "icnet.onnx", "--io", io)
+@pytest.mark.parametrize(("io", "precision"), [("uint8", "fp32"), ("float32", "fp32"), ("uint8", "fp16")])
+def test_icnet_export(icnet, checkpoint, tmp_path, io, precision):
+    arguments = ("--checkpoint", checkpoint, "--output", tmp_path / "new" / "icnet.onnx")
+    code, out, _ = icnet("export", *arguments, "--io", io, "--precision", precision)
     assert code == 0
     assert all(f"N = {n} " in out for n in (1, 2, 5, 10, 17))
     assert "noise floor" in out
     notes = {p.key: p.value for p in onnx.load(tmp_path / "new" / "icnet.onnx").metadata_props}
-    assert notes["io"] == io
+    assert (notes["io"], notes["precision"]) == (io, precision)
     assert notes["width"] == "0.125"
     assert len(notes["checkpoint_sha256"]) == 64
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["icnet.onnx"]
