@@ -1,16 +1,24 @@
 """`Predictor`: a group of images and their SISMs in, co-saliency maps at the images' own sizes out."""
 
 import os
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.backends import Backend, Pending
 from runtime.backends.onnx import OnnxBackend
+from runtime.backends.tensorrt import TensorRTBackend
 from runtime.contract import INPUTS, TensorSpec
 from runtime.errors import ICNetError, InputError, ModelError
 from runtime.preprocess import ImageSource, image_tensor, restore_map, sism_tensor
+
+ENGINE_SUFFIXES = {".engine", ".plan", ".trt"}
 
 
 class Predictor:
@@ -23,20 +31,32 @@ class Predictor:
     memory back.
 
     Args:
-        model: an .onnx file written by `export/to_onnx.py`.
-        threads: CPU threads for one call; None for one per physical core.
+        model: an .onnx file from `icnet export`, run by ONNX Runtime on the CPU; or a TensorRT engine (.engine, .plan
+            or .trt) from `icnet build` or `trtexec`, run on a GPU.
+        threads: ONNX Runtime: CPU threads for one call; None for one per physical core.
+        device: TensorRT: the GPU's number.
+        slots: TensorRT: groups in flight at once, each with buffers for the largest group; at least 2.
 
     Raises:
-        ModelError: not an ONNX file, or not an exported ICNet.
-        DependencyError: ONNX Runtime is not installed.
-        InputError: `threads` is less than 1.
+        ModelError: not a model file, or not an exported ICNet, or an engine that this TensorRT or GPU can't run.
+        DependencyError: the engine's packages are not installed, or there is no GPU.
+        InputError: an argument is out of range.
     """
 
-    def __init__(self, model: str | os.PathLike[str], *, threads: int | None = None) -> None:
+    def __init__(
+        self, model: str | os.PathLike[str], *, threads: int | None = None, device: int = 0, slots: int = 2
+    ) -> None:
         self.path = os.fspath(model)
         if threads is not None and threads < 1:
             raise InputError(f"threads={threads}: expected at least 1, or None for one per core")
-        self._backend: OnnxBackend | None = OnnxBackend(model, threads)
+        if slots < 2:
+            raise InputError(f"slots={slots}: expected at least 2, so that copies overlap with computing")
+        path = Path(model)
+        self._backend: Backend | None
+        if path.suffix.lower() in ENGINE_SUFFIXES:
+            self._backend = TensorRTBackend(path, slots=slots, device=device)
+        else:
+            self._backend = OnnxBackend(path, threads)
 
     def __call__(self, images: Iterable[ImageSource], sisms: Iterable[ImageSource]) -> list[NDArray[np.float32]]:
         """Co-saliency maps of one group.
@@ -52,14 +72,48 @@ class Predictor:
             InputError: no images, counts that differ, or one that can't be used; the message names it.
             ModelError: the model takes groups of another size only, or fails.
         """
-        images, sisms = _listed(images, "images", 4), _listed(sisms, "sisms", 3)
-        if len(images) != len(sisms):
-            raise InputError(f"{len(images)} images but {len(sisms)} SISMs: every image needs its own")
-        self._check_group(len(images))
-        tensors, sizes = zip(*(image_tensor(image, f"images[{i}]") for i, image in enumerate(images)), strict=True)
-        sism_tensors = [sism_tensor(sism, f"sisms[{i}]") for i, sism in enumerate(sisms)]
-        maps = self.predict_tensors(np.stack(tensors), np.stack(sism_tensors))
+        tensors, sism_tensors, sizes = self._prepare(images, sisms)
+        maps = self.predict_tensors(tensors, sism_tensors)
         return [restore_map(tensor, size) for tensor, size in zip(maps, sizes, strict=True)]
+
+    def predict_groups(
+        self, groups: Iterable[tuple[Iterable[ImageSource], Iterable[ImageSource]]], *, ahead: int = 4
+    ) -> Iterator[list[NDArray[np.float32]]]:
+        """Co-saliency maps of many groups, in order; images are decoded and resized in threads ahead of the engine.
+
+        Args:
+            groups: (images, sisms) per group, each as for calling the Predictor; read as far as needed.
+            ahead: groups that are decoded before their turn.
+
+        Yields:
+            What a call with that group returns.
+
+        Raises:
+            ICNetError: as a call with that group does, when it is that group's turn.
+        """
+        backend = self._open_backend()
+        source = iter(groups)
+        prepared: deque[Future[_Prepared]] = deque()
+        in_work: deque[tuple[Pending | ICNetError, Sequence[tuple[int, int]]]] = deque()
+        pool = ThreadPoolExecutor(thread_name_prefix="icnet-decode")
+        try:
+            prepared.extend(pool.submit(self._prepare, *group) for group in islice(source, max(ahead, 1)))
+            while prepared or in_work:
+                if prepared and len(in_work) < backend.slots:
+                    try:
+                        images, sisms, sizes = prepared.popleft().result()
+                        in_work.append((backend.submit(images, sisms), sizes))
+                    except ICNetError as error:
+                        in_work.append((error, ()))
+                    prepared.extend(pool.submit(self._prepare, *group) for group in islice(source, 1))
+                    continue
+                pending, sizes = in_work.popleft()
+                if isinstance(pending, ICNetError):
+                    raise pending
+                maps = self._checked(pending.result())
+                yield [restore_map(tensor, size) for tensor, size in zip(maps, sizes, strict=True)]
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def predict_tensors(self, images: NDArray[np.uint8], sisms: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Co-saliency maps of one group that the caller has resized already.
@@ -80,7 +134,19 @@ class Predictor:
         if len(images) != len(sisms):
             raise InputError(f"{len(images)} images but {len(sisms)} SISMs: every image needs its own")
         self._check_group(len(images))
-        maps = self._open_backend().run(images, sisms)
+        return self._checked(self._open_backend().submit(images, sisms).result())
+
+    def _prepare(self, images: Iterable[ImageSource], sisms: Iterable[ImageSource]) -> "_Prepared":
+        """A group as the network's tensors, and its images' own sizes."""
+        images, sisms = _listed(images, "images", 4), _listed(sisms, "sisms", 3)
+        if len(images) != len(sisms):
+            raise InputError(f"{len(images)} images but {len(sisms)} SISMs: every image needs its own")
+        self._check_group(len(images))
+        tensors, sizes = zip(*(image_tensor(image, f"images[{i}]") for i, image in enumerate(images)), strict=True)
+        sism_tensors = [sism_tensor(sism, f"sisms[{i}]") for i, sism in enumerate(sisms)]
+        return np.stack(tensors), np.stack(sism_tensors), sizes
+
+    def _checked(self, maps: NDArray[np.float32]) -> NDArray[np.float32]:
         if not np.isfinite(maps).all():
             raise ModelError(f"{self.path}: the model computed NaN or infinite values; its weights may be damaged")
         return maps
@@ -97,20 +163,19 @@ class Predictor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open_backend(self) -> OnnxBackend:
+    def _open_backend(self) -> Backend:
         if self._backend is None:
             raise ICNetError(f"{self.path}: this Predictor is closed")
         return self._backend
 
     def _check_group(self, images: int) -> None:
-        fixed = self._open_backend().group_size
+        backend = self._open_backend()
         if images == 0:
             raise InputError("no images: a group has at least one")
-        if fixed not in (None, images):
-            raise ModelError(
-                f"{self.path}: built for groups of exactly {fixed} images, got {images}; "
-                "export it with a dynamic group axis (export/to_onnx.py does)"
-            )
+        backend.check_group(images)
+
+
+_Prepared = tuple[NDArray[np.uint8], NDArray[np.uint8], Sequence[tuple[int, int]]]
 
 
 def _listed(sources: Iterable[ImageSource], what: str, ndim: int) -> list[ImageSource]:

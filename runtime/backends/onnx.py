@@ -1,6 +1,6 @@
 """ONNX Runtime on the CPU."""
 
-import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,17 @@ from runtime.errors import DependencyError, ModelError
 NUMPY_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A group that has been computed: ONNX Runtime returns when it is done."""
+
+    maps: NDArray[np.float32]
+
+    def result(self) -> NDArray[np.float32]:
+        """Float32 [N, 224, 224]."""
+        return self.maps
+
+
 class OnnxBackend:
     """A session of ONNX Runtime on an exported model.
 
@@ -20,46 +31,53 @@ class OnnxBackend:
         path: an .onnx file that follows the contract.
         threads: CPU threads for one call; None for one per physical core.
 
-    Attributes:
-        group_size: how many images a group must have, or None if any number will do.
-
     Raises:
         ModelError: not an ONNX file, or not an exported ICNet.
         DependencyError: ONNX Runtime is not installed.
     """
 
-    def __init__(self, path: str | os.PathLike[str], threads: int | None = None) -> None:
+    slots = 1  # groups at once that one caller can have in work
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
         try:
             import onnxruntime as ort
         except ImportError as error:
             raise DependencyError(
                 "onnxruntime is not installed: pip install 'icnet-deploy[cpu]' (or onnxruntime-gpu; not both)"
             ) from error
-        self.path = Path(path)
+        self.path = path
         if not self.path.is_file():
             raise ModelError(f"{self.path}: no such model file")
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 3  # errors; they reach the caller as exceptions
         try:
-            self.session = ort.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions have no common base but Exception
             raise ModelError(f"{self.path}: not an ONNX model that ONNX Runtime can load: {_reason(error)}") from error
-        self.group_size = check_contract(
-            self.path, [_spec(t) for t in self.session.get_inputs()], [_spec(t) for t in self.session.get_outputs()]
+        self._group_size = check_contract(
+            self.path, [_spec(t) for t in self._session.get_inputs()], [_spec(t) for t in self._session.get_outputs()]
         )
 
-    def run(self, images: NDArray[np.uint8], sisms: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8 [N, 224, 224, 3], uint8 [N, 224, 224] → float32 [N, 224, 224]."""
+    def check_group(self, images: int) -> None:
+        """Raise ModelError if the model was built for groups of another size."""
+        if self._group_size not in (None, images):
+            raise ModelError(
+                f"{self.path}: built for groups of exactly {self._group_size} images, got {images}; "
+                "export it with a dynamic group axis (icnet export does)"
+            )
+
+    def submit(self, images: NDArray[np.uint8], sisms: NDArray[np.uint8]) -> Finished:
+        """Run a group: uint8 [N, 224, 224, 3], uint8 [N, 224, 224] → float32 [N, 224, 224]."""
         try:
-            maps: NDArray[np.float32] = self.session.run(["maps"], {"images": images, "sisms": sisms})[0]
+            maps: NDArray[np.float32] = self._session.run(["maps"], {"images": images, "sisms": sisms})[0]
         except Exception as error:
             raise ModelError(f"{self.path}: failed on a group of {len(images)}: {_reason(error)}") from error
-        return maps
+        return Finished(maps)
 
     def close(self) -> None:
         """Give the session's memory back."""
-        del self.session
+        del self._session
 
 
 def _spec(tensor: Any) -> TensorSpec:
