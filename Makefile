@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SAMPLE := tests/data/bird
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu-check clean
 
 demo: .venv/demo  ## set up, export a network, run it on a group of photographs
 	@mkdir -p build
@@ -25,6 +25,9 @@ lint: .venv/test  ## style, types, and the direction of imports
 bench: .venv/demo  ## latency and memory, side by side
 	$(BIN)/icnet bench --output build/latency.json
 
+gpu-check: .venv/gpu  ## on a machine with a GPU: the tests that need one
+	$(BIN)/pytest -m gpu
+
 clean:
 	rm -rf build .venv
 
@@ -36,3 +39,4 @@ clean:
 
 .venv/demo: EXTRAS := cpu,opencv,export
 .venv/test: EXTRAS := cpu,opencv,export,test
+.venv/gpu: EXTRAS := cpu,opencv,export,test,gpu

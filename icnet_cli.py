@@ -13,6 +13,7 @@ from runtime.errors import ICNetError
 COMMANDS = {
     "predict": ("runtime.predict", "cpu", "co-saliency maps and contact sheets for folders of images"),
     "export": ("export.to_onnx", "cpu,export", "a checkpoint to ONNX, proved to compute what the paper's network does"),
+    "build": ("export.build_engine", "tensorrt", "an exported model to a TensorRT engine"),
     "bench": ("benchmarks.latency", "cpu,export", "latency and memory on this machine, beside the alternatives"),
 }
 
