@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends import Backend, Pending
-from runtime.backends.onnx import OnnxBackend
+from runtime.backends.onnx import CPU, OnnxBackend, Provider
 from runtime.backends.tensorrt import TensorRTBackend
 from runtime.contract import INPUTS, TensorSpec
 from runtime.errors import ICNetError, InputError, ModelError
@@ -34,6 +34,8 @@ class Predictor:
         model: an .onnx file from `icnet export`, run by ONNX Runtime on the CPU; or a TensorRT engine (.engine, .plan
             or .trt) from `icnet build` or `trtexec`, run on a GPU.
         threads: ONNX Runtime: CPU threads for one call; None for one per physical core.
+        providers: ONNX Runtime: execution providers in order of preference, e.g. ["CUDAExecutionProvider"]; one that
+            was asked for and can't be used is an error.
         device: TensorRT: the GPU's number.
         slots: TensorRT: groups in flight at once, each with buffers for the largest group; at least 2.
 
@@ -44,7 +46,13 @@ class Predictor:
     """
 
     def __init__(
-        self, model: str | os.PathLike[str], *, threads: int | None = None, device: int = 0, slots: int = 2
+        self,
+        model: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        providers: Sequence[Provider] = (CPU,),
+        device: int = 0,
+        slots: int = 2,
     ) -> None:
         self.path = os.fspath(model)
         if threads is not None and threads < 1:
@@ -56,7 +64,7 @@ class Predictor:
         if path.suffix.lower() in ENGINE_SUFFIXES:
             self._backend = TensorRTBackend(path, slots=slots, device=device)
         else:
-            self._backend = OnnxBackend(path, threads)
+            self._backend = OnnxBackend(path, threads, providers)
 
     def __call__(self, images: Iterable[ImageSource], sisms: Iterable[ImageSource]) -> list[NDArray[np.float32]]:
         """Co-saliency maps of one group.

@@ -12,7 +12,7 @@ from PIL import Image
 from export.icnet import Uint8Interface
 from export.reference import ReferenceICNet
 from export.to_onnx import write_onnx
-from runtime import ICNetError, InputError, ModelError, Predictor
+from runtime import DependencyError, ICNetError, InputError, ModelError, Predictor
 from runtime.preprocess import image_tensor, restore_map, sism_tensor
 
 PHOTOS = sorted(BIRDS.glob("*.jpg"))
@@ -142,6 +142,27 @@ def test_groups_that_can_not_be_used(predictor, images, sisms, message):
 def test_tensors_that_can_not_be_used(predictor, images, sisms, message):
     with pytest.raises(InputError, match=message):
         predictor.predict_tensors(images, sisms)
+
+
+def test_a_provider_that_is_not_there_is_an_error(model_file):
+    with pytest.raises(DependencyError, match=r"NoSuchProvider: not in this onnxruntime, which has .*CPUExecution"):
+        Predictor(model_file, providers=["NoSuchProvider", "CPUExecutionProvider"])
+
+
+def test_a_provider_that_is_silently_not_used_is_an_error(model_file, monkeypatch):
+    """As when CUDA's libraries are missing: ONNX Runtime warns, and runs on the CPU."""
+    import onnxruntime
+
+    cuda = ("CUDAExecutionProvider", {"device_id": 0})
+    session = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [cuda[0], "CPUExecutionProvider"])
+    monkeypatch.setattr(
+        onnxruntime,
+        "InferenceSession",
+        lambda path, options, providers: session(path, options, providers=providers[1:]),
+    )
+    with pytest.raises(ModelError, match=r"CUDAExecutionProvider was asked for but could not be started"):
+        Predictor(model_file, providers=[cuda, "CPUExecutionProvider"])
 
 
 def test_threads_must_be_positive(model_file):

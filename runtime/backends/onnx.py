@@ -1,5 +1,6 @@
-"""ONNX Runtime on the CPU."""
+"""ONNX Runtime, on the CPU or through any of its execution providers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from numpy.typing import NDArray
 
 from runtime.contract import TensorSpec, check_contract
 from runtime.errors import DependencyError, ModelError
+
+CPU = "CPUExecutionProvider"
+Provider = str | tuple[str, dict[str, Any]]
 
 NUMPY_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
 
@@ -30,15 +34,17 @@ class OnnxBackend:
     Args:
         path: an .onnx file that follows the contract.
         threads: CPU threads for one call; None for one per physical core.
+        providers: execution providers in order of preference, each a name or (name, options), as ONNX Runtime takes
+            them. The CPU comes last in any case, for what the others can't compute.
 
     Raises:
-        ModelError: not an ONNX file, or not an exported ICNet.
-        DependencyError: ONNX Runtime is not installed.
+        ModelError: not an ONNX file, or not an exported ICNet; or a provider that was asked for is not used.
+        DependencyError: ONNX Runtime is not installed, or not with these providers.
     """
 
     slots = 1  # groups at once that one caller can have in work
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(self, path: Path, threads: int | None = None, providers: Sequence[Provider] = (CPU,)) -> None:
         try:
             import onnxruntime as ort
         except ImportError as error:
@@ -48,13 +54,25 @@ class OnnxBackend:
         self.path = path
         if not self.path.is_file():
             raise ModelError(f"{self.path}: no such model file")
+        wanted = [p if isinstance(p, str) else p[0] for p in providers]
+        if absent := [name for name in wanted if name not in ort.get_available_providers()]:
+            raise DependencyError(
+                f"{', '.join(absent)}: not in this onnxruntime, which has {', '.join(ort.get_available_providers())}; "
+                "for NVIDIA GPUs replace onnxruntime by onnxruntime-gpu (never both)"
+            )
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 3  # errors; they reach the caller as exceptions
         try:
-            self._session = ort.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(self.path, options, providers=[*providers])
         except Exception as error:  # ONNX Runtime's exceptions have no common base but Exception
             raise ModelError(f"{self.path}: not an ONNX model that ONNX Runtime can load: {_reason(error)}") from error
+        # ONNX Runtime only warns of a provider whose libraries or device are missing, and goes on with the next.
+        if unused := [name for name in wanted if name not in self._session.get_providers()]:
+            raise ModelError(
+                f"{self.path}: {', '.join(unused)} was asked for but could not be started; are its libraries (CUDA, "
+                "cuDNN, TensorRT) and a GPU there? Leave it out of providers to do without"
+            )
         self._group_size = check_contract(
             self.path, [_spec(t) for t in self._session.get_inputs()], [_spec(t) for t in self._session.get_outputs()]
         )
