@@ -11,7 +11,7 @@ demo: .venv/demo  ## set up, export a network, run it on a group of photographs
 		torch.manual_seed(0); save_checkpoint('build/random.pth', ICNet(width=0.25))"
 	$(BIN)/python export/to_onnx.py --checkpoint build/random.pth --output build/icnet.onnx
 	$(BIN)/icnet predict $(SAMPLE) --model build/icnet.onnx --sisms builtin --output build/demo
-	@echo "Look at build/demo/bird.jpg"
+	@echo "Look at build/demo/bird/contact_sheet.jpg"
 
 test: .venv/test  ## set up, run all tests
 	$(BIN)/pytest

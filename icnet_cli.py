@@ -2,11 +2,12 @@
 
 import argparse
 import importlib
+import io
 import sys
 import warnings
 from collections.abc import Sequence
 
-from runtime.errors import ICNetError
+from runtime.errors import DependencyError, ICNetError
 
 # Each module has `add_arguments(parser)` and `run(args) -> exit code`. Only the one asked for is imported, so that
 # `icnet predict` needs no torch. The extra is what to install when a module's imports fail.
@@ -36,19 +37,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     module_name, extra, text = COMMANDS[args.command]
     prog = f"icnet {args.command}"
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        print(f"{prog}: error: {error.name} is not installed: pip install 'icnet-deploy[{extra}]'", file=sys.stderr)
-        return 2
-    parser = argparse.ArgumentParser(prog=prog, description=text[0].upper() + text[1:] + ".")
-    module.add_arguments(parser)
-    options = parser.parse_args(args.options)
-    warnings.filterwarnings("ignore", module="PIL")  # what matters of it is an error of ours
-    try:
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise DependencyError(f"{error.name} is not installed: pip install 'icnet-deploy[{extra}]'") from error
+        except (ImportError, OSError) as error:
+            raise DependencyError(f"an installed package can't be loaded: {error}") from error
+        parser = argparse.ArgumentParser(prog=prog, description=text[0].upper() + text[1:] + ".")
+        module.add_arguments(parser)
+        options = parser.parse_args(args.options)
+        warnings.filterwarnings("ignore", module="PIL")  # what matters of it is an error of ours
         return int(module.run(options))
-    except ICNetError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+    except (ICNetError, OSError, MemoryError) as error:  # the system's errors carry what they are about
+        reason = str(error) or "out of memory"
+        print(f"{prog}: error: {' '.join(reason.splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{prog}: stopped", file=sys.stderr)

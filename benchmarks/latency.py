@@ -24,6 +24,7 @@ import random
 import subprocess
 import tempfile
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,8 @@ from export.checkpoint import load_checkpoint, save_checkpoint
 from export.icnet import ICNet
 from export.reference import ReferenceICNet
 from export.to_onnx import write_onnx
-from runtime import InputError, __version__
-from runtime.files import replacing
+from runtime import InputError, OutputError, __version__
+from runtime.files import replacing, same_file
 
 Results = dict[str, Any]
 
@@ -54,18 +55,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Race the contenders and print a table.
+    """Race the contenders, print a table and write the results.
 
     Raises:
         InputError: an option below 1.
         CheckpointError: the checkpoint can't be loaded.
         OutputError: the results can't be written.
     """
-    if min(args.sizes) < 1 or args.rounds < 1 or args.threads < 1:
-        raise InputError("--sizes, --rounds and --threads take numbers from 1")
+    if min(args.sizes) < 1 or args.rounds < 1 or not 1 <= args.threads <= 1024:
+        raise InputError("--sizes, --rounds and --threads take numbers from 1 (--threads to 1024)")
+    if args.output and args.checkpoint and same_file(args.checkpoint, args.output):
+        raise OutputError(f"{args.output}: is the checkpoint itself; choose another --output")
+    with replacing(args.output) if args.output else nullcontext() as temporary:
+        results = race(args)
+        if temporary:
+            temporary.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+def race(args: argparse.Namespace) -> Results:
+    """Race the contenders and print a table."""
     console = Console()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as name, Progress(console=console, transient=True) as progress:
+    with (
+        tempfile.TemporaryDirectory() as name,
+        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+    ):
         folder = Path(name)
         steps = len(args.sizes) * (args.rounds + 1 + len(CONTENDERS))
         bar = progress.add_task("exporting", total=steps)
@@ -92,10 +107,7 @@ def run(args: argparse.Namespace) -> int:
                 progress.advance(bar)
     results = {"machine": machine(args.threads), "rounds": args.rounds, "groups": groups}
     console.print(table(results))
-    if args.output:
-        with replacing(args.output) as temporary:
-            temporary.write_text(json.dumps(results, indent=1) + "\n")
-    return 0
+    return results
 
 
 def prepare(folder: Path, checkpoint: Path | None) -> None:

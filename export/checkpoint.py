@@ -18,6 +18,8 @@ from export.icnet import WIDTH_STEPS, ICNet
 from runtime.errors import CheckpointError
 from runtime.files import replacing
 
+MAX_WIDTH = 16  # the paper's is 1; a file that claims more than this is damaged
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FIRST_LAYER = "vgg.vgg.0.weight"  # 64 output channels at width 1
 
 
@@ -36,12 +38,15 @@ def load_checkpoint(path: str | os.PathLike[str]) -> ICNet:
     if first is None or first.ndim != 4:
         raise CheckpointError(f"{path}: not an ICNet checkpoint: it has no 4-D tensor {FIRST_LAYER}{_examples(state)}")
     width = first.shape[0] / 64
-    if width * WIDTH_STEPS != int(width * WIDTH_STEPS) or width == 0:
+    if width * WIDTH_STEPS != int(width * WIDTH_STEPS) or not 0 < width <= MAX_WIDTH:
         raise CheckpointError(
-            f"{path}: {FIRST_LAYER} has {first.shape[0]} output channels; an ICNet of any width has a multiple of 2"
+            f"{path}: {FIRST_LAYER} has {first.shape[0]} output channels; an ICNet has 64 times its width, which is a "
+            f"multiple of 1/{WIDTH_STEPS} up to {MAX_WIDTH}"
         )
+    with torch.device("meta"):  # shapes first: a file that lies about its width must not fill the memory
+        _check(path, ICNet(width), state)
     model = ICNet(width)
-    _load_strictly(path, model, state)
+    model.load_state_dict(state)
     return model.eval()
 
 
@@ -91,13 +96,14 @@ def load_backbone(model: ICNet, path: str | os.PathLike[str]) -> None:
     state = _tensors(path, state)
     if "features.0.weight" in state:
         state = {k.removeprefix("features."): v for k, v in state.items() if not k.startswith("classifier.")}
-    _load_strictly(path, model.vgg.vgg, state)
+    _check(path, model.vgg.vgg, state)
+    model.vgg.vgg.load_state_dict(state)
 
 
 def _load(path: str | os.PathLike[str]) -> Any:
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+        raise CheckpointError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     try:
         with warnings.catch_warnings(action="ignore"):  # about pickle protocols; what matters is an error
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -114,11 +120,15 @@ def _tensors(path: str | os.PathLike[str], state: Mapping[Any, Any]) -> dict[str
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(f"{path}: entry {name!r} of the state dict is {type(tensor).__name__}, not a tensor")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is sparse, quantised or without data; save it as a plain one"
+            )
     return dict(state)
 
 
-def _load_strictly(path: str | os.PathLike[str], module: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load every tensor, or say which are missing, extra, misshapen or not finite."""
+def _check(path: str | os.PathLike[str], module: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Say which tensors are missing, extra, misshapen, of another kind or not finite, before any is loaded."""
     expected = module.state_dict()
     problems = []
     if missing := [name for name in expected if name not in state]:
@@ -132,11 +142,16 @@ def _load_strictly(path: str | os.PathLike[str], module: torch.nn.Module, state:
         if state[name].shape != expected[name].shape
     ]:
         problems.append(f"misshapen {_some(misshapen)}")
-    if broken := [name for name in shared if not torch.isfinite(state[name]).all()]:
-        problems.append(f"NaN or infinite values in {_some(broken)}")
+    if foreign := [
+        f"{name} {state[name].dtype}"
+        for name in shared
+        if (state[name].dtype not in FLOATS if expected[name].is_floating_point() else state[name].dtype != torch.int64)
+    ]:
+        problems.append(f"of another type {_some(foreign)}")
     if problems:
         raise CheckpointError(f"{path}: does not fit the network: {'; '.join(problems)}")
-    module.load_state_dict(state)
+    if broken := [name for name in shared if not state[name].to(expected[name].dtype).isfinite().all()]:
+        raise CheckpointError(f"{path}: NaN or infinite values in {_some(broken)}")
 
 
 def _some(names: list[str], most: int = 5) -> str:

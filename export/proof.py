@@ -129,6 +129,8 @@ def check(path: object, differences: Sequence[Difference], precision: str = "fp3
     """Raise ModelError unless the last difference, the one over all groups, is within what the noise floor allows."""
     overall = differences[-1]
     most, mean = allowed(overall, precision)
+    if not math.isfinite(overall.floor_max):
+        raise ModelError(f"{path}: not written: with these weights the paper's own network computes NaN or infinity")
     if not (overall.max <= most and overall.mean <= mean):
         raise ModelError(
             f"{path}: not written: its maps differ from the paper's network by {overall.max:.1e} at most and "

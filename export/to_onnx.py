@@ -27,7 +27,8 @@ from export.proof import ALLOWED_FLOORS, check, compare, table
 from export.samples import samples
 from runtime import __version__
 from runtime.contract import FLOAT_INPUTS, FLOAT_OUTPUTS, INPUTS, OUTPUTS
-from runtime.files import replacing
+from runtime.errors import ModelError, OutputError
+from runtime.files import replacing, same_file
 
 OPSET = 18
 INTERFACES = {"uint8": (INPUTS, OUTPUTS), "float32": (FLOAT_INPUTS, FLOAT_OUTPUTS)}
@@ -98,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
         OutputError: the file can't be written.
         ModelError: the proof failed; no file is left.
     """
+    if same_file(args.checkpoint, args.output):
+        raise OutputError(f"{args.output}: is the checkpoint itself; choose another --output")
     console = Console()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision's operators are not there
     network = load_checkpoint(args.checkpoint)
@@ -113,19 +116,24 @@ def run(args: argparse.Namespace) -> int:
     }
     with replacing(args.output) as temporary:
         groups = samples()
-        with Progress(console=console, transient=True) as progress:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             bar = progress.add_task("tracing", total=len(groups) + 1)
             typed = half_precision(network) if args.precision == "fp16" else network
             write_onnx(typed, temporary, args.io, provenance)
             progress.update(bar, advance=1, description="proving")
             step = partial(progress.advance, bar)
             differences = compare(temporary, network, args.io, args.precision, groups, step)
-        console.print(table(differences, args.precision))
-        check(args.output, differences, args.precision)
+        try:
+            check(args.output, differences, args.precision)
+        except ModelError:
+            console.print(table(differences, args.precision))
+            raise
+    console.print(table(differences, args.precision))
     size = args.output.stat().st_size / 1e6
     console.print(
         f"{args.output}: {size:.1f} MB, {args.precision}, width {network.width:g}, any group size",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     return 0

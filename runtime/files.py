@@ -13,19 +13,22 @@ from runtime.errors import OutputError
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary name beside `path` to write to; renamed to `path` if the block ends well, deleted if it does not.
 
-    Missing folders are made. The temporary name keeps the suffix, by which writers choose a format.
+    Missing folders are made; of a symbolic link, the target is replaced. The temporary name keeps the suffix, by which
+    writers choose a format.
 
     Raises:
-        OutputError: the folder can't be made or written to.
+        OutputError: the folder can't be made or written to, or `path` is a folder, a device or the like.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem[:80]}-{secrets.token_hex(4)}{path.suffix}")
-    with _output_errors(path):
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise OutputError(f"{path}: can't be written: it is {'a folder' if target.is_dir() else 'not a regular file'}")
+    temporary = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
+    with _output_errors(Path(path)):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             temporary.touch(exist_ok=False)
             yield temporary
-            temporary.replace(path)
+            temporary.replace(target)
         finally:
             if temporary.parent.is_dir():
                 temporary.unlink(missing_ok=True)
@@ -39,6 +42,11 @@ def remove(path: Path) -> None:
     """
     with _output_errors(path):
         path.unlink(missing_ok=True)
+
+
+def same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two paths lead to one place, which need not exist."""
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 @contextmanager

@@ -4,22 +4,29 @@ PATH/*.jpg                                        one group, named after its fol
 PATH/img/GROUP/*.jpg, PATH/sism/GROUP/NAME.png    a data set
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.errors import InputError
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+SUFFIXES = {
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".jp2", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Group:
-    """The images of one group, in order of their names, and each one's SISM (None: there are no SISM files)."""
+    """The images of one group, in order of their names, and each one's SISM (None: there are no SISM files).
+
+    Of a group that can't be used, `problem` says why.
+    """
 
     name: str
     images: tuple[Path, ...]
     sisms: tuple[Path, ...] | None
+    problem: InputError | None = None
 
 
 def find_groups(path: Path, sisms: Path | None) -> list[Group]:
@@ -31,7 +38,8 @@ def find_groups(path: Path, sisms: Path | None) -> list[Group]:
             group, in a folder per group for a data set. None: do without.
 
     Raises:
-        InputError: no such folder, a group without images, two images of one name, or an image without a SISM.
+        InputError: no such folder; or, in a folder of one group, no images, two of one name, or one without a SISM. In
+            a data set such a group has it as its `problem`, so that the others can go on.
     """
     if not path.is_dir():
         raise InputError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}")
@@ -40,11 +48,18 @@ def find_groups(path: Path, sisms: Path | None) -> list[Group]:
             f"{sisms}: {'not a folder' if sisms.exists() else 'no such folder'} (it should hold the SISMs)"
         )
     if not (path / "img").is_dir():
-        return [_group(path.resolve().name, path, sisms)]
+        name = Path(os.path.abspath(path)).name  # noqa: PTH100  (a link keeps its own name)
+        return [_group(name or "group", path, sisms)]
     folders = sorted(f for f in (path / "img").iterdir() if f.is_dir() and not f.name.startswith("."))
     if not folders:
         raise InputError(f"{path / 'img'}: holds no folders of groups")
-    return [_group(f.name, f, None if sisms is None else sisms / f.name) for f in folders]
+    groups = []
+    for folder in folders:
+        try:
+            groups.append(_group(folder.name, folder, None if sisms is None else sisms / folder.name))
+        except InputError as problem:
+            groups.append(Group(folder.name, (), None, problem))
+    return groups
 
 
 def _group(name: str, folder: Path, sism_folder: Path | None) -> Group:
@@ -74,7 +89,7 @@ def _sisms(images: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files directly in `folder`, by name; hidden files and other suffixes are passed over."""
+    """What should be image files directly in `folder`, by name; hidden files and other suffixes are passed over."""
     return sorted(
-        f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".") and f.is_file()
+        f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".") and not f.is_dir()
     )

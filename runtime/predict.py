@@ -1,25 +1,24 @@
 """`icnet predict`: folders of images in, folders of co-saliency maps and contact sheets out."""
 
 import argparse
-import hashlib
-import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from runtime.contact_sheet import contact_sheet
-from runtime.errors import ICNetError, InputError, OutputError
-from runtime.files import remove, replacing
+from runtime.errors import ICNetError, InputError
 from runtime.groups import Group, find_groups
 from runtime.predictor import Predictor
 from runtime.preprocess import image_tensor, restore_map, sism_tensor
+from runtime.results import SHEET, GroupResults, digest
 from runtime.sisms import builtin_sism
 
 BUILTIN = "builtin"
-SETTINGS = "icnet.json"  # in the output folder: what its results were made with
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,9 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"or '{BUILTIN}': OpenCV's static saliency, a weak stand-in",
     )
     parser.add_argument(
-        "--output", type=Path, required=True, help="folder for GROUP/NAME.png maps and GROUP.jpg sheets"
+        "--output", type=Path, required=True, help="folder for GROUP/NAME.png maps and GROUP/contact_sheet.jpg"
     )
-    parser.add_argument("--resume", action="store_true", help="keep the groups that are finished there")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the groups that are finished there and would come out the same"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
 
 
@@ -48,73 +49,50 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ICNetError: nothing could be started.
     """
-    sisms = _sism_folder(args.path, args.sisms)
-    groups = find_groups(args.path, sisms)
-    _refuse_overwriting(groups, args.output)
-    console = Console(stderr=True)
-    failed = 0
+    groups = find_groups(args.path, _sism_folder(args.path, args.sisms))
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    failed = skipped = 0
     with Predictor(args.model, threads=args.threads) as predictor:
-        settings = {
-            "path": str(args.path.resolve()),
-            "sisms": BUILTIN if sisms is None else str(sisms.resolve()),
-            "model_sha256": hashlib.sha256(args.model.read_bytes()).hexdigest(),
-        }
-        if args.resume:
-            _check_settings(args.output, settings)
-        todo = [g for g in groups if not (args.resume and _finished(g, args.output))]
-        for group in todo:  # a sheet says that its group is finished
-            remove(_sheet_path(group, args.output))
-        with replacing(args.output / SETTINGS) as temporary:
-            temporary.write_text(json.dumps(settings, indent=2) + "\n")
-        if len(todo) < len(groups):
-            console.print(f"{len(groups) - len(todo)} of {len(groups)} groups are finished already")
-        with Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-        ) as progress:
-            bar = progress.add_task("groups", total=len(todo))
-            for group in todo:
-                progress.update(bar, description=group.name)
+        model = args.model, digest(args.model)
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+            bar = progress.add_task("", total=len(groups))
+            for group in groups:
+                progress.update(bar, description=escape(group.name))
                 try:
-                    predict_group(predictor, group, args.output)
+                    if group.problem is not None:
+                        raise group.problem
+                    results = GroupResults(args.output / group.name, group, model)
+                    if args.resume and results.finished():
+                        skipped += 1
+                    else:
+                        predict_group(predictor, group, results)
                 except ICNetError as error:
                     failed += 1
-                    console.print(f"icnet: error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+                    console.print(f"icnet predict: error: {error}", style="red", markup=False)
                 progress.advance(bar)
-    if failed and len(todo) > 1:
-        console.print(f"{failed} of {len(todo)} groups failed; mend them and go on with --resume")
-    if failed < len(todo):
-        name = groups[0].name if len(groups) == 1 else "GROUP"
-        print(f"maps: {args.output / name}/*.png, contact sheet: {args.output / name}.jpg")
+    if skipped:
+        print(f"{skipped} of {len(groups)} groups were finished already")
+    if failed and len(groups) > 1:
+        console.print(f"{failed} of {len(groups)} groups failed; mend them and go on with --resume")
+    if failed < len(groups):
+        folder = args.output / (groups[0].name if len(groups) == 1 else "GROUP")
+        print(f"maps: {folder}/*.png, to look at: {folder / SHEET}")
     return 2 if failed else 0
 
 
-def predict_group(predictor: Predictor, group: Group, output: Path) -> None:
-    """Write `output`/GROUP/NAME.png for every image (8-bit grey, its own size), then the sheet `output`/GROUP.jpg.
-
-    The sheet is written last: where it is, the group is finished.
-    """
+def predict_group(predictor: Predictor, group: Group, results: GroupResults) -> None:
+    """Write a map for every image (8-bit grey, of its own size), then the group's contact sheet."""
+    results.begin()
     images, sizes = zip(*map(image_tensor, group.images), strict=True)
     sisms = [builtin_sism(i) for i in images] if group.sisms is None else [sism_tensor(s) for s in group.sisms]
     maps = predictor.predict_tensors(np.stack(images), np.stack(sisms))
     for source, tensor, size in zip(group.images, maps, sizes, strict=True):
         grey = np.rint(restore_map(tensor, size) * 255).astype(np.uint8)
-        with replacing(_map_path(group, source, output)) as temporary:
-            Image.fromarray(grey).save(temporary)
+        results.write(f"{source.stem}.png", Image.fromarray(grey).save)
     sheet = contact_sheet(np.stack(images), np.stack(sisms), maps, sizes, group.name)
-    with replacing(_sheet_path(group, output)) as temporary:
-        sheet.save(temporary, quality=90)
-
-
-def _map_path(group: Group, image: Path, output: Path) -> Path:
-    return output / group.name / f"{image.stem}.png"
-
-
-def _sheet_path(group: Group, output: Path) -> Path:
-    return output / f"{group.name}.jpg"
-
-
-def _finished(group: Group, output: Path) -> bool:
-    return _sheet_path(group, output).exists() and all(_map_path(group, i, output).exists() for i in group.images)
+    results.write(SHEET, partial(sheet.save, quality=90))
+    results.finish()
 
 
 def _sism_folder(path: Path, sisms: str | None) -> Path | None:
@@ -125,29 +103,3 @@ def _sism_folder(path: Path, sisms: str | None) -> Path | None:
     if (path / "img").is_dir() and (path / "sism").is_dir():
         return path / "sism"
     raise InputError(f"{path}: no SISMs: name their folder with --sisms DIR, or take --sisms {BUILTIN}")
-
-
-def _refuse_overwriting(groups: list[Group], output: Path) -> None:
-    """An output folder inside the data must not cost anybody an image."""
-    inputs = {path.resolve() for group in groups for path in (*group.images, *(group.sisms or ()))}
-    for group in groups:
-        for path in (*(_map_path(group, image, output) for image in group.images), _sheet_path(group, output)):
-            if path.resolve() in inputs:
-                raise OutputError(f"{path}: the output would overwrite this input; choose another --output folder")
-
-
-def _check_settings(output: Path, settings: dict[str, str]) -> None:
-    """Refuse to resume what was made with anything else."""
-    path = output / SETTINGS
-    if not path.exists():
-        return
-    try:
-        before = json.loads(path.read_text())
-        changed = [key for key, value in settings.items() if before.get(key) != value]
-    except (OSError, ValueError, AttributeError):  # unreadable, not JSON, not an object
-        changed = list(settings)
-    if changed:
-        raise OutputError(
-            f"{path}: the results there were made with another {', '.join(changed)}; "
-            "leave --resume out to make them anew, or choose another --output folder"
-        )

@@ -18,6 +18,8 @@ from runtime.contract import INPUTS, TensorSpec
 from runtime.errors import ICNetError, InputError, ModelError
 from runtime.preprocess import ImageSource, image_tensor, restore_map, sism_tensor
 
+MAX_THREADS = 1024
+UNORDERED = (str, bytes, os.PathLike, set, frozenset, dict)  # iterable, perhaps, but no sequence of images
 ENGINE_SUFFIXES = {".engine", ".plan", ".trt"}
 
 
@@ -54,11 +56,13 @@ class Predictor:
         device: int = 0,
         slots: int = 2,
     ) -> None:
+        if not isinstance(model, str | os.PathLike) or not isinstance(os.fspath(model), str):
+            raise InputError(f"model: expected a path, got {type(model).__name__}")
         self.path = os.fspath(model)
-        if threads is not None and threads < 1:
-            raise InputError(f"threads={threads}: expected at least 1, or None for one per core")
-        if slots < 2:
-            raise InputError(f"slots={slots}: expected at least 2, so that copies overlap with computing")
+        if threads is not None and not (isinstance(threads, int) and 1 <= threads <= MAX_THREADS):
+            raise InputError(f"threads={threads!r}: expected 1 to {MAX_THREADS}, or None for one per core")
+        if not (isinstance(slots, int) and slots >= 2):
+            raise InputError(f"slots={slots!r}: expected at least 2, so that copies overlap with computing")
         path = Path(model)
         self._backend: Backend | None
         if path.suffix.lower() in ENGINE_SUFFIXES:
@@ -118,7 +122,7 @@ class Predictor:
                 pending, sizes = in_work.popleft()
                 if isinstance(pending, ICNetError):
                     raise pending
-                maps = self._checked(pending.result())
+                maps = self._checked(pending.result(), len(sizes))
                 yield [restore_map(tensor, size) for tensor, size in zip(maps, sizes, strict=True)]
         finally:
             pool.shutdown(cancel_futures=True)
@@ -142,7 +146,7 @@ class Predictor:
         if len(images) != len(sisms):
             raise InputError(f"{len(images)} images but {len(sisms)} SISMs: every image needs its own")
         self._check_group(len(images))
-        return self._checked(self._open_backend().submit(images, sisms).result())
+        return self._checked(self._open_backend().submit(images, sisms).result(), len(images))
 
     def _prepare(self, images: Iterable[ImageSource], sisms: Iterable[ImageSource]) -> "_Prepared":
         """A group as the network's tensors, and its images' own sizes."""
@@ -154,9 +158,15 @@ class Predictor:
         sism_tensors = [sism_tensor(sism, f"sisms[{i}]") for i, sism in enumerate(sisms)]
         return np.stack(tensors), np.stack(sism_tensors), sizes
 
-    def _checked(self, maps: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _checked(self, maps: NDArray[np.float32], images: int) -> NDArray[np.float32]:
+        if len(maps) != images:
+            raise ModelError(
+                f"{self.path}: the model gave {len(maps)} maps for {images} images; it is not an ICNet export"
+            )
         if not np.isfinite(maps).all():
             raise ModelError(f"{self.path}: the model computed NaN or infinite values; its weights may be damaged")
+        if maps.min() < 0 or maps.max() > 1:
+            raise ModelError(f"{self.path}: the model's maps leave [0, 1]: [{maps.min():g}, {maps.max():g}]")
         return maps
 
     def close(self) -> None:
@@ -188,7 +198,7 @@ _Prepared = tuple[NDArray[np.uint8], NDArray[np.uint8], Sequence[tuple[int, int]
 
 def _listed(sources: Iterable[ImageSource], what: str, ndim: int) -> list[ImageSource]:
     """A list with one entry per image; an array must have `ndim` axes at least, or it is one image and no group."""
-    if isinstance(sources, str | bytes | os.PathLike) or not isinstance(sources, Iterable):
+    if isinstance(sources, UNORDERED) or not isinstance(sources, Iterable):
         raise InputError(f"{what}: expected a sequence with one entry per image, got {type(sources).__name__}")
     if isinstance(sources, np.ndarray) and sources.ndim < ndim:
         raise InputError(

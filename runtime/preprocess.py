@@ -5,6 +5,7 @@ with; OpenCV's bilinear does not antialias and gives the network other pixels.
 """
 
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from runtime.errors import InputError
 
 ImageSource = str | os.PathLike[str] | NDArray[np.generic] | Image.Image
 
+TOLERANCE = 1e-3  # how far a float may lie outside [0, 1] by rounding
 MIN_SIDE = 2  # pixels: one row, one column or one pixel shows no object
 BILINEAR = Image.Resampling.BILINEAR
 
@@ -25,8 +27,8 @@ def image_tensor(source: ImageSource, name: str = "image") -> tuple[NDArray[np.u
 
     Args:
         source: a file that Pillow reads; an array H×W, H×W×1, H×W×3 (RGB) or H×W×4 (RGBA) of uint8, uint16, bool, or
-            float in [0, 1]; or a PIL image. An EXIF orientation is applied, 16 bits are scaled (not cut) to 8,
-            transparent pixels show white.
+            float in [0, 1]; or a PIL image. An EXIF orientation is applied, 16 bits are scaled to 8 (of 16-bit RGB
+            files Pillow reads the upper 8), transparent pixels show white.
         name: what messages call an array or PIL image; a file is called by its path.
 
     Returns:
@@ -53,6 +55,11 @@ def sism_tensor(source: ImageSource, name: str = "SISM") -> NDArray[np.uint8]:
         InputError: it can't be read, or is no image.
     """
     sism = _read(source, name, mode="L", behind=(0, 0, 0, 255))
+    if sism.getextrema()[1] == 1:
+        name = os.fspath(source) if isinstance(source, str | os.PathLike) else name
+        raise InputError(
+            f"{name}: its values are 0 and 1 of 255, so nothing is salient; a mask must be bool, or 0 and 255"
+        )
     return np.asarray(sism.resize((SIZE, SIZE), BILINEAR))
 
 
@@ -76,35 +83,47 @@ def _read(source: ImageSource, name: str, mode: str, behind: tuple[int, int, int
         image = _from_array(source, name)
     elif isinstance(source, Image.Image):
         image = _decode(source, name)
-    elif isinstance(source, str | os.PathLike):
+    elif isinstance(source, str | os.PathLike) and isinstance(os.fspath(source), str):
         name = os.fspath(source)
-        image = _open(Path(source))
+        image = _open(name)
     else:
         raise InputError(f"{name}: expected a path, a NumPy array or a PIL image, got {type(source).__name__}")
     if min(image.size) < MIN_SIDE:
         raise InputError(f"{name}: {image.width}×{image.height} pixels is too small to show anything")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, behind), image)
-    return image if image.mode == mode else image.convert(mode)
-
-
-def _open(path: Path) -> Image.Image:
     try:
-        if path.stat().st_size == 0:
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, behind), image)
+        return image if image.mode == mode else image.convert(mode)
+    except ValueError as error:  # Pillow has no way from LAB and a few others
+        raise InputError(
+            f"{name}: Pillow can't turn an image of mode {image.mode} into {mode}: save it as RGB"
+        ) from error
+
+
+def _open(path: str) -> Image.Image:
+    try:
+        status = Path(path).stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise InputError(f"{path or '(empty path)'}: a folder, not an image")
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{path}: not a regular file")
+        if status.st_size == 0:
             raise InputError(f"{path}: the file is empty")
         with Image.open(path) as image:
-            return _decode(image, str(path))
+            return _decode(image, path)
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{path}: not an image, or of a format that Pillow can't read") from error
     except Image.DecompressionBombError as error:
-        raise _too_many_pixels(str(path)) from error
-    except OSError as error:
-        if error.errno is None:  # Pillow's own, about the content
-            raise _damaged(str(path), error) from error
-        raise InputError(f"{path}: can't be read: {error.strerror}") from error
+        raise _too_many_pixels(path) from error
+    except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error, zlib.error and more
+        if isinstance(error, OSError) and error.errno is not None:
+            raise InputError(f"{path}: can't be read: {error.strerror}") from error
+        raise _damaged(path, error) from error
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
@@ -112,10 +131,14 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         raise _too_many_pixels(name)
     try:
         image = ImageOps.exif_transpose(image)
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
+    except Exception as error:
         raise _damaged(name, error) from error
     if image.mode.startswith("I;16"):
-        return _from_array(np.asarray(image).astype(np.uint16), name)
+        values = np.asarray(image).astype(np.uint16)
+        grey = _from_array(values, name)
+        if "transparency" in image.info:  # one value that stands for transparent pixels
+            grey.putalpha(Image.fromarray((values != image.info["transparency"]).astype(np.uint8) * 255))
+        return grey
     if image.mode == "I":  # how Pillow reads some 16-bit files
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
@@ -138,23 +161,32 @@ def _too_many_pixels(name: str) -> InputError:
 
 
 def _from_array(array: NDArray[np.generic], name: str) -> Image.Image:
+    if isinstance(array, np.ma.MaskedArray):
+        raise InputError(f"{name}: a masked array; fill the masked values first: array.filled(0)")
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
         raise InputError(f"{name}: shape {array.shape}, expected H×W, H×W×1, H×W×3 or H×W×4")
     if array.size == 0:
         raise InputError(f"{name}: shape {array.shape} has no pixels")
+    if Image.MAX_IMAGE_PIXELS is not None and array.shape[0] * array.shape[1] > Image.MAX_IMAGE_PIXELS:
+        raise _too_many_pixels(name)
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255
     elif array.dtype == np.uint16:
+        if 0 < array.max() <= 255:
+            raise InputError(
+                f"{name}: 16-bit values of at most {array.max()} of 65535; if they are 8-bit, make them uint8"
+            )
         array = ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
     elif array.dtype.kind == "f":
         if not np.isfinite(array).all():
             raise InputError(f"{name}: holds NaN or infinite values")
         low, high = array.min(), array.max()
-        if low < 0 or high > 1:
+        if low < -TOLERANCE or high > 1 + TOLERANCE:
             raise InputError(f"{name}: {array.dtype} values in [{low:g}, {high:g}], expected [0, 1] (or uint8)")
-        array = np.rint(array * 255).astype(np.uint8)
+        array = np.rint(array.clip(0, 1) * 255).astype(np.uint8)
     elif array.dtype != np.uint8:
         raise InputError(f"{name}: dtype {array.dtype}, expected uint8, uint16, bool, or float in [0, 1]")
     return Image.fromarray(np.ascontiguousarray(array))

@@ -11,9 +11,9 @@ An "engine" is what `engine_file` writes: a JSON header and an ONNX model.
 
 import itertools
 import json
+import sys
 import threading
 from collections import Counter
-from contextlib import contextmanager
 from enum import IntEnum
 from types import ModuleType, SimpleNamespace
 
@@ -462,10 +462,8 @@ class Gpu:
         return trt
 
 
-@contextmanager
-def installed(gpu, monkeypatch):
-    """The simulated modules in place of the real ones."""
-    with monkeypatch.context() as patch:
-        for name, module in gpu.modules().items():
-            patch.setitem(__import__("sys").modules, name, module)
-        yield gpu
+def install(gpu, monkeypatch):
+    """Put the simulated modules in place of the real ones, until `monkeypatch` is undone."""
+    for name, module in gpu.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return gpu

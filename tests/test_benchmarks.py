@@ -56,4 +56,4 @@ def _resident():
 def test_options_below_1(icnet):
     code, _, err = icnet("bench", "--sizes", 0)
     assert code == 2
-    assert err == "icnet bench: error: --sizes, --rounds and --threads take numbers from 1\n"
+    assert err == "icnet bench: error: --sizes, --rounds and --threads take numbers from 1 (--threads to 1024)\n"

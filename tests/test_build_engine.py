@@ -13,6 +13,7 @@ import types
 import numpy as np
 import onnx
 import pytest
+from conftest import HAS_TENSORRT_RTX
 from onnx import TensorProto, helper
 from rich.console import Console
 from rich.progress import Progress
@@ -24,7 +25,9 @@ from export.tensorrt_api import gpu, layer_table
 from export.to_onnx import write_onnx
 from runtime import DependencyError, InputError, ModelError, OutputError
 
-rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx has no wheel for this platform")
+if not HAS_TENSORRT_RTX:
+    pytest.skip("tensorrt-rtx has no wheel for this platform", allow_module_level=True)
+import tensorrt_rtx as rtx
 
 # The bindings' Builder.__del__ warns when a Python subclass of it, as some tests make, is collected.
 pytestmark = pytest.mark.filterwarnings("ignore:Use del obj")

@@ -73,6 +73,18 @@ def without(state, *names):
             r"no 4-D tensor vgg\.vgg\.0\.weight .*190 tensors: module\.vgg",
         ),
         (lambda s: s | {"vgg.vgg.0.weight": torch.ones(3, 3, 3, 3)}, r"vgg\.vgg\.0\.weight has 3 output channels"),
+        (
+            lambda s: s | {"conv5_cmprs.bias": torch.ones(8, dtype=torch.int8)},
+            r"another type .*conv5_cmprs\.bias torch\.int8",
+        ),
+        (lambda s: s | {"conv5_cmprs.bias": torch.ones(8, dtype=torch.complex64)}, r"another type .*complex64"),
+        (
+            lambda s: s | {"conv5_cmprs.bias": torch.full((8,), 1e300, dtype=torch.float64)},
+            r"infinite .*conv5_cmprs\.bias",
+        ),
+        (lambda s: s | {"conv5_cmprs.bias": torch.ones(8).to_sparse()}, r"'conv5_cmprs\.bias' is sparse"),
+        (lambda s: s | {"vgg.vgg.0.weight": torch.zeros(1).expand(2**40, 3, 3, 3)}, "up to 16"),
+        (lambda s: s | {"vgg.vgg.0.weight": torch.zeros(1).expand(1024, 3, 3, 3)}, "misshapen"),
         (lambda s: {}, "it is empty"),
     ],
 )

@@ -105,6 +105,7 @@ def test_closing(model_file):
         (PHOTOS[0], [PHOTOS[0]], "images: expected a sequence"),
         (PHOTOS, "sisms", "sisms: expected a sequence"),
         (None, [], "images: expected a sequence"),
+        ({*PHOTOS}, PHOTOS, "images: expected a sequence with one entry per image, got set"),
         (np.zeros((50, 60, 3), np.uint8), np.zeros((50, 60), np.uint8), r"images: .* one array of shape \(50, 60, 3\)"),
         ([np.zeros((9, 9), np.int64)], [np.zeros((9, 9), np.uint8)], r"images\[0\]: dtype int64"),
         ([np.zeros((9, 9), np.uint8)], [np.full((9, 9), np.nan)], r"sisms\[0\]: holds NaN"),
@@ -165,9 +166,16 @@ def test_a_provider_that_is_silently_not_used_is_an_error(model_file, monkeypatc
         Predictor(model_file, providers=[cuda, "CPUExecutionProvider"])
 
 
-def test_threads_must_be_positive(model_file):
-    with pytest.raises(InputError, match="threads=0"):
-        Predictor(model_file, threads=0)
+@pytest.mark.parametrize("threads", [0, 10**9, "2", 1.5])
+def test_threads_must_be_a_sensible_number(model_file, threads):
+    with pytest.raises(InputError, match=r"threads=.*expected 1 to 1024"):
+        Predictor(model_file, threads=threads)
+
+
+@pytest.mark.parametrize("model", [None, 3, b"x"])
+def test_a_model_is_a_path(model):
+    with pytest.raises(InputError, match="model: expected a path"):
+        Predictor(model)
 
 
 def other_model(path):
@@ -188,7 +196,8 @@ def other_model(path):
         ),
         (lambda p: write_onnx(random_network(1 / 32), p, "float32"), "--io float32"),
         (lambda p: None, "no such model file"),
-        (lambda p: p.mkdir(), "no such model file"),
+        (lambda p: p.mkdir(), "not a model file"),
+        (lambda p: p.symlink_to(p), "no such model file"),
     ],
 )
 def test_files_that_are_no_model_of_ours(tmp_path, write, message):
@@ -219,6 +228,31 @@ def test_a_model_that_computes_nan_is_an_error_not_a_map(model_file, tmp_path):
     onnx.save(model, tmp_path / "nan.onnx")
     with Predictor(tmp_path / "nan.onnx") as predictor, pytest.raises(ModelError, match="NaN or infinite"):
         predictor.predict_tensors(*tensors(1))
+
+
+def lying_model(path, scale, copies):
+    """Declares the contract's tensors and gives something else."""
+    info = onnx.helper.make_tensor_value_info
+    inputs = [info("images", 2, ["N", 224, 224, 3]), info("sisms", 2, ["N", 224, 224])]
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("Cast", ["sisms"], ["f"], to=1),
+            onnx.helper.make_node("Mul", ["f", "scale"], ["scaled"]),
+            onnx.helper.make_node("Concat", ["scaled"] * copies, ["maps"], axis=0),
+        ],
+        "g", inputs, [info("maps", 1, ["M", 224, 224])],
+        [onnx.numpy_helper.from_array(np.float32(scale), "scale")],
+    )  # fmt: skip
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), path)
+
+
+@pytest.mark.parametrize(
+    ("scale", "copies", "message"), [(1.0, 1, r"maps leave \[0, 1\]"), (1 / 255, 2, "gave 4 maps for 2 images")]
+)
+def test_a_model_that_lies_about_its_maps(tmp_path, scale, copies, message):
+    lying_model(tmp_path / "x.onnx", scale, copies)
+    with Predictor(tmp_path / "x.onnx") as predictor, pytest.raises(ModelError, match=message):
+        predictor(*tensors(2))
 
 
 def test_importing_the_runtime_loads_neither_torch_nor_an_engine():

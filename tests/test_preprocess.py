@@ -174,6 +174,8 @@ JPEG = (BIRDS / "owl.jpg").read_bytes()
         (png_header(20_000, 20_000), "decompression bomb"),
         (png_header(10_000, 10_000), "decompression bomb"),  # Pillow only warns of this one
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        (b"P6\nabc 12 255\nxxxx", "damaged or truncated"),  # decoders that raise ValueError while opening
+        (b"\x01\xda\x00\x07" + bytes(600), "damaged or truncated|not an image"),
     ],
 )
 def test_files_that_are_no_images(tmp_path, content, message):
@@ -187,8 +189,45 @@ def test_files_that_are_no_images(tmp_path, content, message):
 def test_missing_files_and_folders(tmp_path):
     with pytest.raises(InputError, match=r"none\.jpg: no such file"):
         image_tensor(tmp_path / "none.jpg")
-    with pytest.raises(InputError, match=r"can't be read: Is a directory"):
+    with pytest.raises(InputError, match="a folder, not an image"):
         image_tensor(tmp_path)
+    with pytest.raises(InputError, match="File name too long"):
+        image_tensor("a" * 300)
+    with pytest.raises(InputError, match="null"):
+        image_tensor("a\0b.jpg")
+
+
+def test_a_mask_of_0_and_1_in_bytes_is_no_sism(tmp_path):
+    mask = noise(20, 20)[:, :, 0] % 2
+    with pytest.raises(InputError, match=r"mask: its values are 0 and 1 of 255"):
+        sism_tensor(mask, "mask")
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    with pytest.raises(InputError, match=r"m\.png: its values are 0 and 1"):
+        sism_tensor(tmp_path / "m.png")
+    assert image_tensor(mask)[0].max() == 1  # a very dark image is an image
+
+
+def test_modes_that_pillow_can_not_convert():
+    with pytest.raises(InputError, match="Pillow can't turn an image of mode LAB into L"):
+        sism_tensor(Image.new("LAB", (5, 5)))
+
+
+def test_floats_may_leave_0_and_1_by_a_rounding():
+    pixels = noise(20, 20) / 255
+    np.testing.assert_array_equal(image_tensor(pixels * 1.0000002 - 1e-7)[0], image_tensor(pixels)[0])
+
+
+def test_big_endian_arrays():
+    pixels = noise(20, 20).astype(np.uint16) * 257
+    np.testing.assert_array_equal(image_tensor(pixels.astype(">u2"))[0], image_tensor(pixels)[0])
+
+
+def test_the_transparent_value_of_a_16_bit_file(tmp_path):
+    values = np.full((20, 20), 50_000, np.uint16)
+    values[:, 10:] = 61_423
+    Image.fromarray(values).save(tmp_path / "x.png", transparency=61_423)
+    assert sism_tensor(tmp_path / "x.png")[100, [50, 200]].tolist() == [195, 0]
+    assert image_tensor(tmp_path / "x.png")[0][100, [50, 200], 0].tolist() == [195, 255]
 
 
 @pytest.mark.parametrize(
@@ -202,6 +241,10 @@ def test_missing_files_and_folders(tmp_path):
         (np.zeros((3, 224, 224), np.uint8), r"shape \(3, 224, 224\), expected H×W"),
         (np.zeros((5, 5), np.int32), "dtype int32, expected uint8"),
         (np.zeros((5, 5), "U1"), "dtype <U1, expected uint8"),
+        (np.full((5, 5), 200, np.uint16), "16-bit values of at most 200 of 65535; if they are 8-bit, make them uint8"),
+        (Image.new("I", (5, 5), 200), "16-bit values of at most 200"),
+        (np.ma.masked_all((5, 5), np.uint8), "masked array"),
+        (np.lib.stride_tricks.as_strided(np.zeros(1, np.uint8), (2, 200_000_000), (0, 0)), "decompression bomb"),
         (np.full((5, 5), np.nan), "NaN"),
         (np.full((5, 5), np.inf, np.float32), "NaN or infinite"),
         (np.full((5, 5), 255.0), r"values in \[255, 255\], expected \[0, 1\]"),

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from conftest import BIRDS, random_network
-from simulated_gpu import FREED, Gpu, Violation, engine_file, installed
+from simulated_gpu import FREED, Gpu, Violation, engine_file, install
 
 from export.to_onnx import write_onnx
 from runtime import DependencyError, ICNetError, InputError, ModelError, Predictor
@@ -36,14 +36,12 @@ def engine(small_model, tmp_path):
 @pytest.fixture(params=["TensorRT", "TensorRT without cuda-bindings", "TensorRT-RTX"])
 def any_gpu(request, monkeypatch):
     gpu = Gpu(rtx=request.param == "TensorRT-RTX", bindings=request.param == "TensorRT")
-    with installed(gpu, monkeypatch):
-        yield gpu
+    return install(gpu, monkeypatch)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    with installed(Gpu(), monkeypatch) as gpu:
-        yield gpu
+    return install(Gpu(), monkeypatch)
 
 
 def group(n, seed=0):
@@ -261,7 +259,8 @@ def test_closing_while_others_wait_for_a_slot(gpu, engine):
 
 def test_running_out_of_memory_says_how_much_and_frees_what_it_had(engine, monkeypatch):
     for memory in (1 << 10, 3 << 20, 1 << 22):  # at the first buffer, at a later one, in the second slot
-        with installed(Gpu(memory=memory), monkeypatch) as gpu:
+        with monkeypatch.context() as patch:
+            gpu = install(Gpu(memory=memory), patch)
             with pytest.raises(ModelError, match=r"out of device memory: \d+ MiB were wanted; .*--max"):
                 Predictor(engine)
             gc.collect()

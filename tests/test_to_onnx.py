@@ -198,6 +198,15 @@ def test_a_failed_proof_leaves_no_file_and_exits_with_2(icnet, checkpoint, tmp_p
     assert list(tmp_path.iterdir()) == [before]
 
 
+def test_weights_that_give_nan_are_named_as_the_reason(icnet, tmp_path):
+    network = random_network(1 / 32)
+    network.vgg.vgg[0].weight.data.fill_(3e38)
+    save_checkpoint(tmp_path / "huge.pth", network)
+    code, _, err = icnet("export", "--checkpoint", tmp_path / "huge.pth", "--output", tmp_path / "x.onnx")
+    assert code == 2
+    assert "with these weights the paper's own network computes NaN" in err
+
+
 def test_export_errors_are_one_line(icnet, tmp_path, checkpoint):
     bad = tmp_path / "bad.pth"
     save_checkpoint(bad, ICNet(1 / 32))
@@ -208,6 +217,11 @@ def test_export_errors_are_one_line(icnet, tmp_path, checkpoint):
     for arguments, message in [
         (("--checkpoint", tmp_path / "none.pth", "--output", tmp_path / "x.onnx"), "none.pth: no such file"),
         (("--checkpoint", bad, "--output", tmp_path / "x.onnx"), "missing 1 tensor: Co4.conv.0.weight"),
+        (("--checkpoint", checkpoint, "--output", checkpoint), "is the checkpoint itself"),
+        (("--checkpoint", tmp_path, "--output", tmp_path / "x.onnx"), "not a file"),
+        (("--checkpoint", checkpoint, "--output", tmp_path), "it is a folder"),
+        (("--checkpoint", checkpoint, "--output", ""), "it is a folder"),
+        (("--checkpoint", checkpoint, "--output", "/dev/null"), "it is not a regular file"),
         (("--checkpoint", checkpoint, "--output", tmp_path / "file" / "x.onnx"), "is not a folder"),
     ]:
         code, _, err = icnet("export", *arguments)

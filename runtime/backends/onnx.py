@@ -53,7 +53,7 @@ class OnnxBackend:
             ) from error
         self.path = path
         if not self.path.is_file():
-            raise ModelError(f"{self.path}: no such model file")
+            raise ModelError(f"{self.path}: {'not a model file' if self.path.exists() else 'no such model file'}")
         wanted = [p if isinstance(p, str) else p[0] for p in providers]
         if absent := [name for name in wanted if name not in ort.get_available_providers()]:
             raise DependencyError(
@@ -90,6 +90,8 @@ class OnnxBackend:
         try:
             maps: NDArray[np.float32] = self._session.run(["maps"], {"images": images, "sisms": sisms})[0]
         except Exception as error:
+            if "allocate memory" in str(error) or isinstance(error, MemoryError):
+                raise ModelError(f"{self.path}: out of memory for a group of {len(images)}; split the group") from error
             raise ModelError(f"{self.path}: failed on a group of {len(images)}: {_reason(error)}") from error
         return Finished(maps)
 
@@ -104,4 +106,4 @@ def _spec(tensor: Any) -> TensorSpec:
 
 
 def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__
