@@ -17,8 +17,8 @@ zero.
 An FP16 file is no draw from that distribution: it keeps 11 bits where FP32 keeps 24. Its floor is the oracle that
 rounds its weights, and the output of every convolution, to 11 bits, against the plain oracle in FP32. Both roundings of
 one formula at one place, the file's e is one floor, and the oracle's own e is nothing beside it; so the mean may be
-twice the floor. In 6 measurements it was 0.9 to 1.3 floors. The rounding leaves the range alone: a file whose
-activations overflow FP16 has no such excuse.
+twice the floor. In 9 measurements (3 networks, by PyTorch and by ONNX Runtime) it was 0.9 to 1.3 floors. The rounding
+leaves the range alone: a file whose activations overflow FP16 has no such excuse.
 """
 
 import math

@@ -100,7 +100,7 @@ def build_with_tensorrt(path: Path, profile: tuple[int, int, int] = (1, 5, 32)) 
         pytest.skip("tensorrt-rtx has no wheel for this platform")
     import tensorrt_rtx as trt
 
-    logger = trt.Logger(trt.Logger.ERROR if "-v" in sys.argv else trt.Logger.INTERNAL_ERROR)
+    logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
     builder = trt.Builder(logger)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, logger)

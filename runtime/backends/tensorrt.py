@@ -213,7 +213,7 @@ class _Slot:
             capture.free()
         self._graphs.clear()
         self._captured.clear()
-        del self._plain, self._engine  # contexts go before the memory that they work on
+        del self._plain, self._engine, self._stream, self._event  # contexts go before the memory that they work on
         self._buffers.close()
 
     def queue(self, images: NDArray[np.uint8], sisms: NDArray[np.uint8]) -> None:
