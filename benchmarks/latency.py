@@ -41,6 +41,7 @@ from export.reference import ReferenceICNet
 from export.to_onnx import write_onnx
 from runtime import InputError, OutputError, __version__
 from runtime.files import replacing, same_file
+from runtime.predictor import MAX_THREADS
 
 Results = dict[str, Any]
 
@@ -62,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
         CheckpointError: the checkpoint can't be loaded.
         OutputError: the results can't be written.
     """
-    if min(args.sizes) < 1 or args.rounds < 1 or not 1 <= args.threads <= 1024:
-        raise InputError("--sizes, --rounds and --threads take numbers from 1 (--threads to 1024)")
+    if min(args.sizes) < 1 or args.rounds < 1 or not 1 <= args.threads <= MAX_THREADS:
+        raise InputError(f"--sizes, --rounds and --threads take numbers from 1 (--threads to {MAX_THREADS})")
     if args.output and args.checkpoint and same_file(args.checkpoint, args.output):
         raise OutputError(f"{args.output}: is the checkpoint itself; choose another --output")
     with replacing(args.output) if args.output else nullcontext() as temporary:

@@ -34,15 +34,14 @@ from export.tensorrt_api import (
     make_logger,
     make_monitor,
     no_deprecations,
-    one_line,
     parse,
     tensors,
     use_timing_cache,
 )
 from runtime import __version__
 from runtime.contract import FLOAT_INPUTS, FLOAT_OUTPUTS, INPUTS, TensorSpec, check_contract
-from runtime.errors import InputError, ModelError, OutputError
-from runtime.files import remove, replacing
+from runtime.errors import InputError, ModelError, OutputError, one_line
+from runtime.files import remove, replacing, same_file
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def build_engine(
     data = _read(onnx_path)
     if not profiles:
         raise InputError("no profile: an engine needs at least one range of group sizes")
-    if output.resolve() == onnx_path.resolve():
+    if same_file(output, onnx_path):
         raise OutputError(f"{output}: is the model itself; give the engine another name")
     _check_options(trt, options)
     cached = _read(options.timing_cache) if options.timing_cache and options.timing_cache.exists() else b""

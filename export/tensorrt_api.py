@@ -20,7 +20,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from runtime.contract import TensorSpec
-from runtime.errors import DependencyError, ModelError
+from runtime.errors import DependencyError, ModelError, one_line
 
 DTYPES = {"FLOAT": "float32", "HALF": "float16"}  # TensorRT's names, where they are not NumPy's in capitals
 PRECISIONS = {"FLOAT": "FP32", "HALF": "FP16"}
@@ -43,11 +43,6 @@ def load_tensorrt() -> Any:
         "TensorRT is not installed: pip install 'icnet-deploy[tensorrt]', "
         "or 'icnet-deploy[tensorrt-rtx]' for GeForce and RTX GPUs"
     )
-
-
-def one_line(text: object) -> str:
-    """Any text without line breaks."""
-    return " ".join(str(text).split())
 
 
 def make_logger(trt: Any) -> Any:

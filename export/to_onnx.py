@@ -10,7 +10,6 @@ if __name__ == "__main__":  # run as a script: the same as `icnet export`
     sys.exit(main(["export", *sys.argv[1:]]))
 
 import argparse
-import hashlib
 import logging
 import warnings
 from functools import partial
@@ -28,7 +27,7 @@ from export.samples import samples
 from runtime import __version__
 from runtime.contract import FLOAT_INPUTS, FLOAT_OUTPUTS, INPUTS, OUTPUTS
 from runtime.errors import ModelError, OutputError
-from runtime.files import replacing, same_file
+from runtime.files import digest, replacing, same_file
 
 OPSET = 18
 INTERFACES = {"uint8": (INPUTS, OUTPUTS), "float32": (FLOAT_INPUTS, FLOAT_OUTPUTS)}
@@ -107,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     provenance = {
         "producer": f"icnet-deploy {__version__}",
         "checkpoint": args.checkpoint.name,
-        "checkpoint_sha256": hashlib.sha256(args.checkpoint.read_bytes()).hexdigest(),
+        "checkpoint_sha256": digest(args.checkpoint),
         "width": f"{network.width:g}",
         "precision": args.precision,
         "io": args.io,

@@ -1,6 +1,11 @@
 """What this package raises. Every message is one line that names the file or tensor and says what to do."""
 
 
+def one_line(text: object) -> str:
+    """Any text without line breaks, for a message."""
+    return " ".join(str(text).split())
+
+
 class ICNetError(Exception):
     """Base of all errors of this package; the command line prints it and exits with code 2."""
 

@@ -1,12 +1,13 @@
-"""Output files that are either whole or not there."""
+"""Output files that are either whole or not there, and what a file is known by."""
 
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from runtime.errors import OutputError
+from runtime.errors import InputError, OutputError
 
 
 @contextmanager
@@ -47,6 +48,20 @@ def remove(path: Path) -> None:
 def same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
     """Whether two paths lead to one place, which need not exist."""
     return os.path.realpath(one) == os.path.realpath(other)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+        InputError: it can't be read.
+    """
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise InputError(f"{path}: not a regular file")
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: can't be read: {error.strerror or error}") from error
 
 
 @contextmanager

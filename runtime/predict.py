@@ -12,10 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from runtime.contact_sheet import contact_sheet
 from runtime.errors import ICNetError, InputError
+from runtime.files import digest
 from runtime.groups import Group, find_groups
 from runtime.predictor import Predictor
 from runtime.preprocess import image_tensor, restore_map, sism_tensor
-from runtime.results import SHEET, GroupResults, digest
+from runtime.results import SHEET, GroupResults
 from runtime.sisms import builtin_sism
 
 BUILTIN = "builtin"

@@ -85,8 +85,7 @@ class Predictor:
             ModelError: the model takes groups of another size only, or fails.
         """
         tensors, sism_tensors, sizes = self._prepare(images, sisms)
-        maps = self.predict_tensors(tensors, sism_tensors)
-        return [restore_map(tensor, size) for tensor, size in zip(maps, sizes, strict=True)]
+        return self._restored(self._open_backend().submit(tensors, sism_tensors), sizes)
 
     def predict_groups(
         self, groups: Iterable[tuple[Iterable[ImageSource], Iterable[ImageSource]]], *, ahead: int = 4
@@ -122,8 +121,7 @@ class Predictor:
                 pending, sizes = in_work.popleft()
                 if isinstance(pending, ICNetError):
                     raise pending
-                maps = self._checked(pending.result(), len(sizes))
-                yield [restore_map(tensor, size) for tensor, size in zip(maps, sizes, strict=True)]
+                yield self._restored(pending, sizes)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -143,30 +141,34 @@ class Predictor:
         """
         for spec, array in zip(INPUTS, (images, sisms), strict=True):
             _check_tensor(spec, array)
-        if len(images) != len(sisms):
-            raise InputError(f"{len(images)} images but {len(sisms)} SISMs: every image needs its own")
-        self._check_group(len(images))
-        return self._checked(self._open_backend().submit(images, sisms).result(), len(images))
+        self._check_group(len(images), len(sisms))
+        return self._checked(self._open_backend().submit(images, sisms), len(images))
 
     def _prepare(self, images: Iterable[ImageSource], sisms: Iterable[ImageSource]) -> "_Prepared":
         """A group as the network's tensors, and its images' own sizes."""
         images, sisms = _listed(images, "images", 4), _listed(sisms, "sisms", 3)
-        if len(images) != len(sisms):
-            raise InputError(f"{len(images)} images but {len(sisms)} SISMs: every image needs its own")
-        self._check_group(len(images))
+        self._check_group(len(images), len(sisms))
         tensors, sizes = zip(*(image_tensor(image, f"images[{i}]") for i, image in enumerate(images)), strict=True)
         sism_tensors = [sism_tensor(sism, f"sisms[{i}]") for i, sism in enumerate(sisms)]
         return np.stack(tensors), np.stack(sism_tensors), sizes
 
-    def _checked(self, maps: NDArray[np.float32], images: int) -> NDArray[np.float32]:
+    def _restored(self, pending: Pending, sizes: Sequence[tuple[int, int]]) -> list[NDArray[np.float32]]:
+        """The maps of a group at its images' own sizes."""
+        maps = self._checked(pending, len(sizes))
+        return [restore_map(tensor, size) for tensor, size in zip(maps, sizes, strict=True)]
+
+    def _checked(self, pending: Pending, images: int) -> NDArray[np.float32]:
+        """The maps of a group, if they can be maps at all."""
+        maps = pending.result()
         if len(maps) != images:
             raise ModelError(
                 f"{self.path}: the model gave {len(maps)} maps for {images} images; it is not an ICNet export"
             )
-        if not np.isfinite(maps).all():
+        low, high = maps.min(), maps.max()  # NaN is carried through both
+        if not (np.isfinite(low) and np.isfinite(high)):
             raise ModelError(f"{self.path}: the model computed NaN or infinite values; its weights may be damaged")
-        if maps.min() < 0 or maps.max() > 1:
-            raise ModelError(f"{self.path}: the model's maps leave [0, 1]: [{maps.min():g}, {maps.max():g}]")
+        if low < 0 or high > 1:
+            raise ModelError(f"{self.path}: the model's maps leave [0, 1]: [{low:g}, {high:g}]")
         return maps
 
     def close(self) -> None:
@@ -186,8 +188,10 @@ class Predictor:
             raise ICNetError(f"{self.path}: this Predictor is closed")
         return self._backend
 
-    def _check_group(self, images: int) -> None:
+    def _check_group(self, images: int, sisms: int) -> None:
         backend = self._open_backend()
+        if images != sisms:
+            raise InputError(f"{images} images but {sisms} SISMs: every image needs its own")
         if images == 0:
             raise InputError("no images: a group has at least one")
         backend.check_group(images)

@@ -127,8 +127,7 @@ def _open(path: str) -> Image.Image:
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
-    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise _too_many_pixels(name)
+    _check_pixels(image.width * image.height, name)
     try:
         image = ImageOps.exif_transpose(image)
     except Exception as error:
@@ -153,6 +152,11 @@ def _damaged(name: str, error: Exception) -> InputError:
     return InputError(f"{name}: damaged or truncated image: {error}")
 
 
+def _check_pixels(pixels: int, name: str) -> None:
+    if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
+        raise _too_many_pixels(name)
+
+
 def _too_many_pixels(name: str) -> InputError:
     return InputError(
         f"{name}: more than {Image.MAX_IMAGE_PIXELS} pixels, perhaps a decompression bomb; make it smaller, or raise "
@@ -170,8 +174,7 @@ def _from_array(array: NDArray[np.generic], name: str) -> Image.Image:
         raise InputError(f"{name}: shape {array.shape}, expected H×W, H×W×1, H×W×3 or H×W×4")
     if array.size == 0:
         raise InputError(f"{name}: shape {array.shape} has no pixels")
-    if Image.MAX_IMAGE_PIXELS is not None and array.shape[0] * array.shape[1] > Image.MAX_IMAGE_PIXELS:
-        raise _too_many_pixels(name)
+    _check_pixels(array.shape[0] * array.shape[1], name)
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255
     elif array.dtype == np.uint16:

@@ -5,14 +5,13 @@ OUTPUT/GROUP/contact_sheet.jpg
 OUTPUT/GROUP/icnet.json          the record: what these were made from, and their digests once all are written
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import InputError, OutputError
-from runtime.files import remove, replacing, same_file
+from runtime.errors import OutputError
+from runtime.files import digest, remove, replacing, same_file
 from runtime.groups import Group
 
 SHEET = "contact_sheet.jpg"
@@ -57,7 +56,8 @@ class GroupResults:
         for path in self._inputs:
             if same_file(path.parent, self.folder):
                 raise OutputError(f"{self.folder}: holds {path.name}, an input of this run; choose another --output")
-        ours = set(self._record().get("files", ())) | ({RECORD} if self._record() else set())
+        record = self._record()
+        ours = {*record["files"], RECORD} if record else set()
         for name in (*self._digests, RECORD):
             if (self.folder / name).exists() and name not in ours:
                 raise OutputError(
@@ -92,17 +92,3 @@ class GroupResults:
         record = {"made_from": self._made_from, "files": self._digests}
         with replacing(self.folder / RECORD) as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file.
-
-    Raises:
-        InputError: it can't be read.
-    """
-    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-        raise InputError(f"{path}: not a regular file")
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: can't be read: {error.strerror or error}") from error

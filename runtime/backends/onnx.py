@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.contract import TensorSpec, check_contract
-from runtime.errors import DependencyError, ModelError
+from runtime.errors import DependencyError, ModelError, one_line
 
 CPU = "CPUExecutionProvider"
 Provider = str | tuple[str, dict[str, Any]]
@@ -106,4 +106,4 @@ def _spec(tensor: Any) -> TensorSpec:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error) or type(error).__name__

@@ -47,7 +47,7 @@ class TensorRTBackend:
     def __init__(self, path: Path, *, slots: int = 2, graphs: int = 16, device: int = 0) -> None:
         self.path = path
         content = _read(path)
-        self.slots = max(slots, 2)
+        self.slots = slots
         cuda = Cuda(device)
         try:
             with cuda, ExitStack() as stack:  # slots that were made before an error are freed
