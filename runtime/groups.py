@@ -73,19 +73,29 @@ def _group(name: str, folder: Path, sism_folder: Path | None) -> Group:
                 f"{folder}: {by_stem[image.stem].name} and {image.name} would both become {image.stem}.png"
             )
         by_stem[image.stem] = image
-    return Group(name, tuple(images), None if sism_folder is None else tuple(_sisms(images, sism_folder)))
+    return Group(name, tuple(images), None if sism_folder is None else matching(images, sism_folder, "SISM"))
 
 
-def _sisms(images: Sequence[Path], folder: Path) -> list[Path]:
+def matching(images: Sequence[Path], folder: Path, what: str) -> tuple[Path, ...]:
+    """The file in `folder` that belongs to each image: NAME.png, or another image suffix, for image NAME.jpg.
+
+    Args:
+        images: image files of one group.
+        folder: holds the files directly; others may lie there too.
+        what: what messages call such a file, e.g. "SISM".
+
+    Raises:
+        InputError: an image has none, or there are two of one name.
+    """
     available: dict[str, Path] = {}
     for file in image_files(folder) if folder.is_dir() else ():
         other = available.setdefault(file.stem, file)
         if other != file:
-            raise InputError(f"{folder}: {other.name} and {file.name} could both be the SISM of {file.stem}")
+            raise InputError(f"{folder}: {other.name} and {file.name} could both be the {what} of {file.stem}")
     for image in images:
         if image.stem not in available:
-            raise InputError(f"{image}: no SISM for it: expected {folder / image.stem}.png")
-    return [available[image.stem] for image in images]
+            raise InputError(f"{image}: no {what} for it: expected {folder / image.stem}.png")
+    return tuple(available[image.stem] for image in images)
 
 
 def image_files(folder: Path) -> list[Path]:

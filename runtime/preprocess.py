@@ -63,6 +63,24 @@ def sism_tensor(source: ImageSource, name: str = "SISM") -> NDArray[np.uint8]:
     return np.asarray(sism.resize((SIZE, SIZE), BILINEAR))
 
 
+def grey_image(source: ImageSource, size: tuple[int, int] | None = None, name: str = "grey image") -> NDArray[np.uint8]:
+    """Read a map or a ground truth, which need not be of the network's size.
+
+    Args:
+        source: as for `image_tensor`; colours are turned to grey, transparent pixels are 0.
+        size: (width, height) in pixels to resize it to, bilinearly; None for its own.
+        name: as for `image_tensor`.
+
+    Returns:
+        uint8 [height, width].
+
+    Raises:
+        InputError: it can't be read, or is no image.
+    """
+    image = _read(source, name, mode="L", behind=(0, 0, 0, 255))
+    return np.asarray(image if size in (None, image.size) else image.resize(size, BILINEAR))
+
+
 def restore_map(tensor: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
     """Resize a map from the network to an image's own size, bilinearly.
 
