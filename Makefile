@@ -38,5 +38,5 @@ clean:
 	@touch $@
 
 .venv/demo: EXTRAS := cpu,opencv,export
-.venv/test: EXTRAS := cpu,opencv,export,test
-.venv/gpu: EXTRAS := cpu,opencv,export,test,gpu
+.venv/test: EXTRAS := cpu,opencv,export,evaluate,test
+.venv/gpu: EXTRAS := cpu,opencv,export,evaluate,test,gpu

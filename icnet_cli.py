@@ -15,6 +15,7 @@ COMMANDS = {
     "predict": ("runtime.predict", "cpu", "co-saliency maps and contact sheets for folders of images"),
     "export": ("export.to_onnx", "cpu,export", "a checkpoint to ONNX, proved to compute what the paper's network does"),
     "build": ("export.build_engine", "tensorrt", "an exported model to a TensorRT engine"),
+    "evaluate": ("benchmarks.accuracy", "cpu,evaluate", "scores of models and ready maps on data sets"),
     "bench": ("benchmarks.latency", "cpu,export", "latency and memory on this machine, beside the alternatives"),
 }
 

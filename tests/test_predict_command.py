@@ -351,7 +351,7 @@ def test_builtin_sisms_mark_what_stands_out():
     assert (builtin_sism(np.zeros((50, 50, 3), np.uint8)) == 0).all()
 
 
-@pytest.mark.parametrize("command", [[], ["predict"], ["export"]])
+@pytest.mark.parametrize("command", [[], ["predict"], ["export"], ["evaluate"]])
 def test_help_tells_what_there_is(command):
     done = subprocess.run(
         [sys.executable, "-m", "icnet_cli", *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
