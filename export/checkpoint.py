@@ -66,15 +66,28 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return checkpoint
 
 
-def save_checkpoint(path: str | os.PathLike[str], model: ICNet, optimizer: torch.optim.Optimizer | None = None) -> None:
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    model: ICNet,
+    optimizer: torch.optim.Optimizer | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> None:
     """Write a checkpoint in the authors' layout, so that their code reads ours. Whole or not at all.
+
+    Args:
+        path: the file.
+        model: the network.
+        optimizer: written under `optimizer`, to go on training.
+        training: written under `training`: what else that needs, in numbers, texts, lists and dicts.
 
     Raises:
         OutputError: the file can't be written.
     """
-    checkpoint = {"state_dict": model.state_dict()}
+    checkpoint: dict[str, Any] = {"state_dict": model.state_dict()}
     if optimizer is not None:
         checkpoint["optimizer"] = optimizer.state_dict()
+    if training is not None:
+        checkpoint["training"] = dict(training)
     with replacing(path) as temporary:
         torch.save(checkpoint, temporary)
 

@@ -37,8 +37,8 @@ def resize(x: Tensor, size: int) -> Tensor:
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """FP16 as FP32; anything else as it is."""
-    return x.float() if x.dtype == torch.float16 else x
+    """FP16 and bfloat16 as FP32; anything else as it is."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def l2_normalise(x: Tensor, dim: int) -> Tensor:

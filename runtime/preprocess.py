@@ -19,6 +19,7 @@ ImageSource = str | os.PathLike[str] | NDArray[np.generic] | Image.Image
 
 TOLERANCE = 1e-3  # how far a float may lie outside [0, 1] by rounding
 MIN_SIDE = 2  # pixels: one row, one column or one pixel shows no object
+ORIENTATION = 0x0112  # EXIF tag; from 5 on, width and height change places
 BILINEAR = Image.Resampling.BILINEAR
 
 
@@ -37,7 +38,7 @@ def image_tensor(source: ImageSource, name: str = "image") -> tuple[NDArray[np.u
     Raises:
         InputError: it can't be read, or is no image.
     """
-    image = _read(source, name, mode="RGB", behind=(255, 255, 255, 255))
+    image = read_image(source, name, mode="RGB", behind=(255, 255, 255, 255))
     return np.asarray(image.resize((SIZE, SIZE), BILINEAR)), image.size
 
 
@@ -54,7 +55,7 @@ def sism_tensor(source: ImageSource, name: str = "SISM") -> NDArray[np.uint8]:
     Raises:
         InputError: it can't be read, or is no image.
     """
-    sism = _read(source, name, mode="L", behind=(0, 0, 0, 255))
+    sism = read_image(source, name, mode="L", behind=(0, 0, 0, 255))
     if sism.getextrema()[1] == 1:
         name = os.fspath(source) if isinstance(source, str | os.PathLike) else name
         raise InputError(
@@ -77,8 +78,22 @@ def grey_image(source: ImageSource, size: tuple[int, int] | None = None, name: s
     Raises:
         InputError: it can't be read, or is no image.
     """
-    image = _read(source, name, mode="L", behind=(0, 0, 0, 255))
+    image = read_image(source, name, mode="L", behind=(0, 0, 0, 255))
     return np.asarray(image if size in (None, image.size) else image.resize(size, BILINEAR))
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """(width, height) of an image file in pixels, EXIF orientation applied, without decoding it.
+
+    Raises:
+        InputError: it is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ORIENTATION, 1) >= 5
+            return image.size[::-1] if turned else image.size
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path}: not an image, or of a format that Pillow can't read") from error
 
 
 def restore_map(tensor: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
@@ -95,7 +110,7 @@ def restore_map(tensor: NDArray[np.float32], size: tuple[int, int]) -> NDArray[n
     return resized.clip(0, 1)  # a weighted mean can leave [0, 1] by a rounding
 
 
-def _read(source: ImageSource, name: str, mode: str, behind: tuple[int, int, int, int]) -> Image.Image:
+def read_image(source: ImageSource, name: str, mode: str, behind: tuple[int, int, int, int]) -> Image.Image:
     """Any source as an upright 8-bit image of the given mode; `behind` is the RGBA shown through transparent pixels."""
     if isinstance(source, np.ndarray):
         image = _from_array(source, name)
