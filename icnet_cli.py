@@ -16,6 +16,11 @@ COMMANDS = {
     "export": ("export.to_onnx", "cpu,export", "a checkpoint to ONNX, proved to compute what the paper's network does"),
     "build": ("export.build_engine", "tensorrt", "an exported model to a TensorRT engine"),
     "evaluate": ("benchmarks.accuracy", "cpu,evaluate", "scores of models and ready maps on data sets"),
+    "robustness": ("benchmarks.robustness", "cpu,train", "scores against the share of SISMs that are wrong"),
+    "cutouts": ("training.cutouts", "train", "cut-outs sorted by class, from open emoji sets"),
+    "paste": ("training.paste", "train", "groups with ground truths, made by cut and paste"),
+    "pretrain": ("training.pretrain", "cpu,export,train", "a VGG16 of any width that knows the classes of cut-outs"),
+    "train": ("training.train", "cpu,export,train", "the paper's training, on a data set or on cut-and-paste groups"),
     "bench": ("benchmarks.latency", "cpu,export", "latency and memory on this machine, beside the alternatives"),
 }
 
@@ -30,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="icnet",
         description="ICNet co-saliency, from checkpoint to production.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="commands:\n" + "\n".join(f"  {name:9} {text}" for name, (*_, text) in COMMANDS.items()),
+        epilog="commands:\n" + "\n".join(f"  {name:10} {text}" for name, (*_, text) in COMMANDS.items()),
     )
     parser.add_argument("command", choices=COMMANDS, help="see below; 'icnet COMMAND --help' for its options")
     parser.add_argument("options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)

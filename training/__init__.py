@@ -1,0 +1,1 @@
+"""Training ICNet: the paper's way, and on groups made by cut and paste."""

@@ -1,0 +1,291 @@
+"""python training/train.py: train ICNet, on a data set or on groups made by cut and paste.
+
+The defaults are the paper's (§4.1): batches of 10 images of one group, random horizontal flips, soft IoU loss over
+four maps (eq. 3), Adam with learning rate 1e-5 and weight decay 1e-4, 60 epochs, a pretrained VGG16, everything else
+from N(0, 0.01).
+
+Every step's batch follows from the seed and the step alone, so an interrupted run goes on as if it had not been.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a script: the same as `icnet train`
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from icnet_cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))
+
+import argparse
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from export.checkpoint import load_backbone, load_checkpoint, read_checkpoint, save_checkpoint
+from export.icnet import SIZE, ICNet, Uint8Interface, resize
+from runtime.errors import CheckpointError, ICNetError, InputError
+from runtime.files import replacing, same_file
+from training.batches import Batch, DataSetBatches, PastedBatches
+from training.paste import CutPaste
+from training.progress import Steps, half_cosine
+
+INITIAL_STD = 0.01  # of all weights but the backbone's (§4.1)
+
+
+class TrainingError(ICNetError):
+    """A training that can't go on."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `icnet train`."""
+    data = parser.add_argument_group("data: a data set, or cut-outs and backgrounds")
+    data.add_argument("--data", type=Path, help="folder with img/GROUP/NAME.jpg, gt/GROUP/NAME.png and sism/...")
+    data.add_argument("--cutouts", type=Path, help="folder with CLASS/NAME.png, RGBA")
+    data.add_argument("--backgrounds", type=Path, help="photographs, in folders of any depth")
+    data.add_argument("--images", type=int, default=10, help="images of one group per step (default 10)")
+    parser.add_argument("--output", type=Path, required=True, help="checkpoint, written now and then and at the end")
+    parser.add_argument("--weights", type=Path, help="write the weights alone as well, in FP16, when training is done")
+    parser.add_argument("--resume", action="store_true", help="go on from --output, if it is there")
+    parser.add_argument("--backbone", type=Path, help="vgg16_feat.pth, torchvision's VGG16, or of `icnet pretrain`")
+    parser.add_argument("--width", type=float, default=1.0, help="of the network, a multiple of 1/32 (default 1)")
+    parser.add_argument(
+        "--init",
+        choices=("paper", "he"),
+        default="paper",
+        help="start of all but the backbone: N(0, 0.01), or He's, which larger learning rates need",
+    )
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=int, default=60, help="times that a data set is seen (default 60)")
+    length.add_argument("--steps", type=int, help="instead of epochs; needed with --cutouts")
+    parser.add_argument("--lr", type=float, default=1e-5, help="learning rate (default 1e-5)")
+    parser.add_argument("--weight-decay", type=float, default=1e-4)
+    parser.add_argument(
+        "--schedule", choices=("constant", "cosine"), default="constant", help="of the learning rate; cosine warms up"
+    )
+    parser.add_argument("--clip", type=float, help="largest norm of a gradient")
+    parser.add_argument("--amp", action="store_true", help="mixed precision (bfloat16)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    parser.add_argument("--save-every", type=int, default=500, help="steps (default 500)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+# What a resumed run must share with the run before, or it would be another training.
+SETTINGS = (
+    "images", "width", "init", "epochs", "steps", "lr", "weight_decay", "schedule", "clip", "amp", "seed",
+)  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, and write the checkpoint and its loss curve.
+
+    Raises:
+        InputError: options that don't go together, or data that can't be used; the message names the file.
+        CheckpointError: the backbone, or the checkpoint to resume, does not fit.
+        TrainingError: the loss is not finite; the last checkpoint stays.
+        OutputError: the checkpoint can't be written.
+    """
+    _check(args)
+    batches = _batches(args)
+    torch.manual_seed(args.seed)
+    network = _network(args)
+    network = network.train().to(args.device)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster on a CPU
+    optimizer = torch.optim.Adam(network.parameters(), args.lr, weight_decay=args.weight_decay)
+    losses: list[float] = []
+    if args.resume and args.output.exists():
+        losses = _resume(args, network, optimizer)
+    train(args, network, optimizer, batches, losses)
+    if args.weights:
+        save_checkpoint(args.weights, _smaller(network))
+    return 0
+
+
+def train(
+    args: argparse.Namespace,
+    network: ICNet,
+    optimizer: torch.optim.Optimizer,
+    batches: DataSetBatches | PastedBatches,
+    losses: list[float],
+) -> None:
+    """Take the steps that are left; `losses` has one entry per step that was taken."""
+    steps = len(batches)
+    interface = Uint8Interface(network).to(args.device)
+    loader = DataLoader(
+        batches, batch_size=None, sampler=range(len(losses), steps), num_workers=2, worker_init_fn=_ignore_interrupts
+    )
+    with Steps("training", steps, len(losses)) as progress, _interrupts() as interrupted:
+        for batch in loader:
+            if isinstance(batch, ICNetError):
+                raise batch
+            if args.schedule == "cosine":
+                for group in optimizer.param_groups:
+                    group["lr"] = args.lr * half_cosine(len(losses), steps)
+            loss = _step(args, interface, optimizer, batch)
+            if not math.isfinite(loss):
+                kept = f"{args.output} holds an earlier step" if args.output.exists() else "nothing was saved yet"
+                where = f"step {len(losses) + 1}, group {batch.name!r}"
+                raise TrainingError(f"loss {loss} in {where}; {kept}; try a lower --lr, or --clip 1")
+            losses.append(loss)
+            progress.advance(loss=loss)
+            if len(losses) % args.save_every == 0 or len(losses) == steps or interrupted:
+                _save(args, network, optimizer, losses)
+            if interrupted:
+                raise KeyboardInterrupt
+
+
+def _smaller(network: ICNet) -> ICNet:
+    """The network with its convolutions in FP16, in place; batch norms' variances can leave FP16's range."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.half()
+    return network
+
+
+def iou_loss(maps: tuple[Tensor, ...], truth: Tensor) -> Tensor:
+    """The loss of eq. 3: 1 − the soft IoU, mean over maps and images.
+
+    Args:
+        maps: [N, 1, s, s] in [0, 1] each; resized to the ground truth's size.
+        truth: [N, 1, 224, 224] in [0, 1].
+    """
+    ious = []
+    for prediction in maps:
+        prediction = resize(prediction.float(), SIZE)
+        smaller, larger = torch.minimum(prediction, truth), torch.maximum(prediction, truth)
+        ious.append(smaller.sum((1, 2, 3)) / larger.sum((1, 2, 3)).clamp_min(1e-6))
+    return 1 - torch.stack(ious).mean()
+
+
+def _step(args: argparse.Namespace, interface: Uint8Interface, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
+    """One step; if the loss is not finite, none is taken."""
+    images, sisms = interface.normalise(batch.images.to(args.device), batch.sisms.to(args.device))
+    truth = batch.masks.to(args.device).unsqueeze(1) / 255
+    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp):
+        maps = interface.network(images.contiguous(memory_format=torch.channels_last), sisms)
+    loss = iou_loss(maps, truth)
+    value = loss.item()
+    if math.isfinite(value):
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        if args.clip:
+            nn.utils.clip_grad_norm_(interface.parameters(), args.clip)
+        optimizer.step()
+    return value
+
+
+def _check(args: argparse.Namespace) -> None:
+    if (args.data is None) == (args.cutouts is None) or (args.cutouts is None) != (args.backgrounds is None):
+        raise InputError("give either --data, or --cutouts and --backgrounds")
+    if args.cutouts and args.steps is None:
+        raise InputError("--steps is needed with --cutouts: there is no end to groups made by cut and paste")
+    if args.init == "paper" and args.backbone is None:
+        raise InputError("the paper's start needs a pretrained --backbone (or --init he, and a larger --lr)")
+    if (
+        args.images < 2
+        or min(args.epochs, args.save_every, 1 if args.steps is None else args.steps) < 1
+        or not args.lr > 0
+    ):
+        raise InputError("--images from 2 (batch norm), --epochs, --steps and --save-every from 1, --lr above 0")
+    if args.output.exists() and not args.resume:
+        raise InputError(f"{args.output}: is there already; --resume to go on with it, or choose another --output")
+    for path in (args.backbone, args.weights):
+        if path and same_file(path, args.output):
+            raise InputError(f"{path}: is the --output as well; choose another name")
+    try:
+        if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"--device {args.device}: PyTorch finds no usable GPU")
+    except RuntimeError as error:
+        raise InputError(f"--device {args.device}: not a device of PyTorch's; cuda or cpu") from error
+
+
+def _batches(args: argparse.Namespace) -> DataSetBatches | PastedBatches:
+    if args.cutouts:
+        return PastedBatches(CutPaste(args.cutouts, args.backgrounds), args.seed, args.steps, args.images)
+    batches = DataSetBatches(args.data, args.seed, args.images, args.epochs, args.steps)
+    for name in batches.skipped:
+        print(f"{args.data}: group {name!r} has one image only and is skipped", file=sys.stderr)
+    return batches
+
+
+def _network(args: argparse.Namespace) -> ICNet:
+    try:
+        network = ICNet(args.width)
+    except ValueError as error:
+        raise InputError(f"--width: {error}") from error
+    if args.init == "paper":
+        for name, parameter in network.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 4:
+                nn.init.normal_(parameter, 0, INITIAL_STD)
+    if args.backbone:
+        load_backbone(network, args.backbone)
+    return network
+
+
+def _resume(args: argparse.Namespace, network: ICNet, optimizer: torch.optim.Optimizer) -> list[float]:
+    """Load what `_save` wrote; the losses so far."""
+    load_checkpoint(args.output)  # its tensors are checked by name and shape
+    checkpoint = read_checkpoint(args.output)
+    training = checkpoint.get("training")
+    if not isinstance(training, dict) or "optimizer" not in checkpoint:
+        raise CheckpointError(f"{args.output}: has no state of a training to resume; choose another --output")
+    if other := [name for name in SETTINGS if training["settings"].get(name) != getattr(args, name)]:
+        raise InputError(
+            f"{args.output}: was trained with other settings: "
+            + ", ".join(f"--{name.replace('_', '-')} {training['settings'].get(name)}" for name in other)
+        )
+    network.load_state_dict(checkpoint["state_dict"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    losses: list[float] = training["losses"]
+    return losses
+
+
+def _save(args: argparse.Namespace, network: ICNet, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
+    training: dict[str, Any] = {"losses": losses, "settings": {name: getattr(args, name) for name in SETTINGS}}
+    save_checkpoint(args.output, network, optimizer, training)
+    _plot(args.output.with_suffix(".png"), losses)
+
+
+def _plot(path: Path, losses: list[float]) -> None:
+    """The loss of every step, and its running mean, as a picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    window = max(len(losses) // 50, 1)
+    means = torch.tensor(losses).unfold(0, window, 1).mean(1)
+    axes.plot(range(1, len(losses) + 1), losses, linewidth=0.4, color="0.75")
+    axes.plot(range(window, len(losses) + 1), means, color="tab:blue", label=f"mean of {window}")
+    axes.set(xlabel="step", ylabel="loss: 1 − soft IoU", title=path.stem)
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def _ignore_interrupts(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that trains decides
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """A list that gets an entry on Ctrl-C, instead of an exception in the middle of a step."""
+    received: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if received:  # twice: now
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
