@@ -1,17 +1,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
-SAMPLE := tests/data/bird
+SAMPLE := tests/data/pasted
 
-.PHONY: demo test lint bench gpu-check clean
+.PHONY: demo test lint bench gpu-check weights clean
 
-demo: .venv/demo  ## set up, export a network, run it on a group of photographs
+demo: .venv/demo  ## set up, export the demo checkpoint, run it on groups that it has never seen
 	@mkdir -p build
-	@echo "No trained weights yet: this network's are random, so the maps mean nothing; the chain is real."
-	@$(BIN)/python -c "import torch; from export.checkpoint import save_checkpoint; from export.icnet import ICNet; \
-		torch.manual_seed(0); save_checkpoint('build/random.pth', ICNet(width=0.25))"
-	$(BIN)/python export/to_onnx.py --checkpoint build/random.pth --output build/icnet.onnx
-	$(BIN)/icnet predict $(SAMPLE) --model build/icnet.onnx --sisms builtin --output build/demo
-	@echo "Look at build/demo/bird/contact_sheet.jpg"
+	$(BIN)/python export/to_onnx.py --checkpoint weights/icnet_demo.pth --output build/icnet.onnx
+	$(BIN)/icnet predict $(SAMPLE) --model build/icnet.onnx --output build/demo
+	$(BIN)/icnet predict tests/data/bird --model build/icnet.onnx --sisms builtin --output build/demo
+	@echo "Look at build/demo/*/contact_sheet.jpg"
 
 test: .venv/test  ## set up, run all tests
 	$(BIN)/pytest
@@ -28,6 +26,9 @@ bench: .venv/demo  ## latency and memory, side by side
 gpu-check: .venv/gpu  ## on a machine with a GPU: the tests that need one
 	$(BIN)/pytest -m gpu
 
+weights: .venv/test  ## train the demo checkpoint again and measure it (needs npm and apt-get; an hour and a half)
+	$(MAKE) -C weights
+
 clean:
 	rm -rf build .venv
 
@@ -38,5 +39,5 @@ clean:
 	@touch $@
 
 .venv/demo: EXTRAS := cpu,opencv,export
-.venv/test: EXTRAS := cpu,opencv,export,evaluate,test
-.venv/gpu: EXTRAS := cpu,opencv,export,evaluate,test,gpu
+.venv/test: EXTRAS := cpu,opencv,export,evaluate,train,test
+.venv/gpu: EXTRAS := cpu,opencv,export,evaluate,train,test,gpu

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import icnet_cli
 from export.checkpoint import save_checkpoint
@@ -75,6 +75,25 @@ def image_folder(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Cut-outs of one white and five black classes, and two backgrounds."""
+    folder = tmp_path_factory.mktemp("paste")
+    for k, name in enumerate(["white", "ant", "bee", "cow", "dog", "elk"]):
+        for i in range(3):
+            cutout = Image.new("RGBA", (64, 48))
+            shape = (4 + 2 * i, 4, 60, 30 + 3 * k)
+            ImageDraw.Draw(cutout).ellipse(shape, fill=(255, 255, 255, 255) if name == "white" else (0, 0, 0, 255))
+            path = folder / "cutouts" / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cutout.save(path)
+    for i, colour in enumerate([(90, 120, 140), (140, 110, 90)]):
+        path = folder / "backgrounds" / "deep" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (500, 500), colour).save(path)
+    return folder / "cutouts", folder / "backgrounds"
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from runtime import InputError
 from training.cutouts import families, held_out, read_set, related
@@ -12,36 +13,17 @@ from training.paste import CutPaste, Group
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Cut-outs of one white and five black classes, and two backgrounds."""
-    folder = tmp_path_factory.mktemp("paste")
-    for k, name in enumerate(["white", "ant", "bee", "cow", "dog", "elk"]):
-        for i in range(3):
-            cutout = Image.new("RGBA", (64, 48))
-            shape = (4 + 2 * i, 4, 60, 30 + 3 * k)
-            ImageDraw.Draw(cutout).ellipse(shape, fill=(255, 255, 255, 255) if name == "white" else (0, 0, 0, 255))
-            path = folder / "cutouts" / name / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            cutout.save(path)
-    for i, colour in enumerate([(90, 120, 140), (140, 110, 90)]):
-        path = folder / "backgrounds" / "deep" / f"{i}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (500, 500), colour).save(path)
-    return folder / "cutouts", folder / "backgrounds"
-
-
-@pytest.fixture(scope="module")
-def maker(folders):
-    return CutPaste(*folders)
+def maker(material):
+    return CutPaste(*material)
 
 
 def same(one: Group, other: Group, *parts: str) -> bool:
     return all(np.array_equal(getattr(one, part), getattr(other, part)) for part in parts)
 
 
-def test_groups_follow_from_the_seed(maker, folders):
+def test_groups_follow_from_the_seed(maker, material):
     group = maker.group([3, 4], 4)
-    assert same(group, CutPaste(*folders).group([3, 4], 4), "images", "masks", "sisms")
+    assert same(group, CutPaste(*material).group([3, 4], 4), "images", "masks", "sisms")
     assert not same(group, maker.group([3, 5], 4), "images")
     assert group.images.shape == (4, 224, 224, 3)
     assert set(np.unique(group.masks)) == {0, 255}
@@ -149,8 +131,8 @@ def test_a_package_that_is_none(tmp_path):
         read_set(path)
 
 
-def test_a_data_set_is_written_as_the_paper_lays_it_out(icnet, tmp_path, folders):
-    options = ["--cutouts", folders[0], "--backgrounds", folders[1], "--groups", 7, "--images", 3]
+def test_a_data_set_is_written_as_the_paper_lays_it_out(icnet, tmp_path, material):
+    options = ["--cutouts", material[0], "--backgrounds", material[1], "--groups", 7, "--images", 3]
     for name in ("a", "b"):
         code, _, err = icnet("paste", *options, "--output", tmp_path / name)
         assert (code, err) == (0, "")
@@ -180,10 +162,8 @@ def test_a_data_set_is_written_as_the_paper_lays_it_out(icnet, tmp_path, folders
         (lambda c, b: (b / "deep" / "0.jpg").write_bytes(b"x"), "0.jpg: not an image"),
     ],
 )
-def test_bad_material_is_named(spoil, message, folders, tmp_path, icnet):
-    import shutil
-
-    copies = [shutil.copytree(folder, tmp_path / folder.name) for folder in folders]
+def test_bad_material_is_named(spoil, message, material, tmp_path, icnet):
+    copies = [shutil.copytree(folder, tmp_path / folder.name) for folder in material]
     spoil(*copies)
     code, _, err = icnet("paste", "--cutouts", copies[0], "--backgrounds", copies[1], "--output", tmp_path / "out")
     assert (code, err.count("\n")) == (2, 1)

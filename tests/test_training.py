@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import random_network
 from PIL import Image
-from test_paste import folders  # noqa: F401  (a fixture)
 
 import training.train
 from export.checkpoint import load_backbone, load_checkpoint, read_checkpoint, save_checkpoint
@@ -23,8 +22,8 @@ SMALL = ["--width", 0.0625, "--images", 3, "--lr", 1e-3, "--init", "he"]
 
 
 @pytest.fixture
-def pasted(folders):  # noqa: F811
-    return ["--cutouts", folders[0], "--backgrounds", folders[1], *SMALL]
+def pasted(material):
+    return ["--cutouts", material[0], "--backgrounds", material[1], *SMALL]
 
 
 @pytest.fixture
@@ -235,10 +234,10 @@ def test_what_can_not_be_resumed(icnet, pasted, tmp_path):
     assert "was trained with other settings: --seed 0" in icnet(*options, "--resume", "--seed", 1)[2]
 
 
-def test_a_pretrained_backbone_is_what_was_trained_with_its_norms_folded(icnet, folders, tmp_path):  # noqa: F811
+def test_a_pretrained_backbone_is_what_was_trained_with_its_norms_folded(icnet, material, tmp_path):
     output = tmp_path / "vgg.pth"
     code, out, err = icnet(
-        "pretrain", "--cutouts", folders[0], "--backgrounds", folders[1], "--output", output,
+        "pretrain", "--cutouts", material[0], "--backgrounds", material[1], "--output", output,
         "--width", 0.0625, "--steps", 3, "--batch", 4,
     )  # fmt: skip
     assert (code, err) == (0, "")

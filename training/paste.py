@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backgrounds", type=Path, required=True, help="photographs, in folders of any depth")
     parser.add_argument("--output", type=Path, required=True, help="data set to write: img/, gt/ and sism/, by GROUP")
     parser.add_argument("--groups", type=int, default=50, help="each of another class, if there are as many")
+    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="one group of each, instead of --groups")
     parser.add_argument("--images", type=int, default=10, help="per group")
     parser.add_argument(
         "--distractors", type=int, nargs=2, default=(2, 3), metavar=("FEWEST", "MOST"), help="per image"
@@ -93,12 +94,16 @@ def run(args: argparse.Namespace) -> int:
     if args.output.exists():
         raise InputError(f"{args.output}: is there already; choose another --output")
     maker = CutPaste(args.cutouts, args.backgrounds)
+    if unknown := set(args.classes or ()) - set(maker.names):
+        raise InputError(f"{args.cutouts}: no class {', '.join(sorted(unknown))} in it")
+    count = len(args.classes) if args.classes else args.groups
+    options = (args.images, (low, high), args.spoiled)
     console = Console(stderr=True)
     for i in track(
-        range(args.groups), description="pasting", console=console, transient=True, disable=not console.is_terminal
+        range(count), description="pasting", console=console, transient=True, disable=not console.is_terminal
     ):
-        group = maker.nth(args.seed, i, args.images, (low, high), args.spoiled)
-        turn = i // len(maker.names)
+        group = maker.nth(args.seed, i, *options, name=args.classes and args.classes[i])
+        turn = 0 if args.classes else i // len(maker.names)
         label = f"{group.name}-{turn + 1}" if turn else group.name
         for k in range(args.images):
             for folder, pixels, suffix in (
@@ -106,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
             ):  # fmt: skip
                 with replacing(args.output / folder / label / f"{k + 1:03}{suffix}") as temporary:
                     Image.fromarray(pixels).save(temporary, quality=92)
-    print(f"{args.groups} groups of {args.images} in {args.output}")
+    print(f"{count} groups of {args.images} in {args.output}")
     return 0
 
 
@@ -128,10 +133,16 @@ class CutPaste:
         self._others = {name: [n for n in self.names if not related(n, name)] for name in self.names}
         self._photos = _photos(backgrounds)
 
-    def nth(self, seed: int, i: int, n: int, distractors: tuple[int, int], spoiled: float) -> Group:
-        """Group i of a test set: classes take turns, in an order that follows from the seed; else as for `group`."""
-        order = np.random.default_rng([seed, 0]).permutation(len(self.names))
-        name = self.names[order[i % len(order)]]
+    def nth(
+        self, seed: int, i: int, n: int, distractors: tuple[int, int], spoiled: float, name: str | None = None
+    ) -> Group:
+        """Group i of a test set: unless named, classes take turns in an order that follows from the seed.
+
+        The arguments are those of `group`.
+        """
+        if name is None:
+            order = np.random.default_rng([seed, 0]).permutation(len(self.names))
+            name = self.names[order[i % len(order)]]
         return self.group([seed, 1, i], n, name=name, distractors=distractors, spoiled=spoiled)
 
     def group(
