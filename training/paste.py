@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cutouts", type=Path, required=True, help="folder with CLASS/NAME.png, RGBA")
     parser.add_argument("--backgrounds", type=Path, required=True, help="photographs, in folders of any depth")
     parser.add_argument("--output", type=Path, required=True, help="data set to write: img/, gt/ and sism/, by GROUP")
-    parser.add_argument("--groups", type=int, default=50, help="each of another class, if there are as many")
+    parser.add_argument("--groups", type=int, default=60, help="each of another class, if there are as many")
     parser.add_argument("--classes", nargs="+", metavar="CLASS", help="one group of each, instead of --groups")
     parser.add_argument("--images", type=int, default=10, help="per group")
     parser.add_argument(

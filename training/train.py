@@ -24,11 +24,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from export.checkpoint import load_backbone, load_checkpoint, read_checkpoint, save_checkpoint
-from export.icnet import SIZE, ICNet, Uint8Interface, resize
+from export.icnet import SIZE, CorrelationFusion, ICNet, Uint8Interface, resize
 from runtime.errors import CheckpointError, ICNetError, InputError
 from runtime.files import replacing, same_file
 from training.batches import Batch, DataSetBatches, PastedBatches
@@ -68,6 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--schedule", choices=("constant", "cosine"), default="constant", help="of the learning rate; cosine warms up"
     )
+    parser.add_argument(
+        "--attention-loss",
+        type=float,
+        default=0,
+        help="weight of a loss on the co-salient attention (default 0)",
+    )
     parser.add_argument("--clip", type=float, help="largest norm of a gradient")
     parser.add_argument("--amp", action="store_true", help="mixed precision (bfloat16)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
@@ -77,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 # What a resumed run must share with the run before, or it would be another training.
 SETTINGS = (
-    "images", "width", "init", "epochs", "steps", "lr", "weight_decay", "schedule", "clip", "amp", "seed",
+    "images", "width", "init", "epochs", "steps", "lr", "weight_decay", "schedule", "attention_loss", "clip", "amp", "seed",
 )  # fmt: skip
 
 
@@ -116,6 +123,7 @@ def train(
     """Take the steps that are left; `losses` has one entry per step that was taken."""
     steps = len(batches)
     interface = Uint8Interface(network).to(args.device)
+    attention = AttentionLoss(network) if args.attention_loss else None
     loader = DataLoader(
         batches, batch_size=None, sampler=range(len(losses), steps), num_workers=2, worker_init_fn=_ignore_interrupts
     )
@@ -126,7 +134,7 @@ def train(
             if args.schedule == "cosine":
                 for group in optimizer.param_groups:
                     group["lr"] = args.lr * half_cosine(len(losses), steps)
-            loss = _step(args, interface, optimizer, batch)
+            loss = _step(args, interface, optimizer, batch, attention)
             if not math.isfinite(loss):
                 kept = f"{args.output} holds an earlier step" if args.output.exists() else "nothing was saved yet"
                 where = f"step {len(losses) + 1}, group {batch.name!r}"
@@ -137,6 +145,30 @@ def train(
                 _save(args, network, optimizer, losses)
             if interrupted:
                 raise KeyboardInterrupt
+
+
+class AttentionLoss:
+    """Soft IoU loss of the co-salient attention at each level, foreground, against the ground truth.
+
+    Not the paper's: a network that starts from a weak backbone learns to clean up each SISM on its own before it learns
+    to compare images, and stays there. This makes it compare from the start.
+    """
+
+    def __init__(self, network: ICNet) -> None:
+        self._seen: list[Tensor] = []
+        for module in network.modules():
+            if isinstance(module, CorrelationFusion):
+                module.csa.register_forward_hook(lambda _module, _inputs, csa: self._seen.append(csa))
+
+    def __call__(self, truth: Tensor) -> Tensor:
+        """The loss of the forward pass before this call; `truth` as for `iou_loss`."""
+        ious = []
+        for csa in self._seen:  # [N, P, HW]
+            side = math.isqrt(csa.shape[2])
+            attention = csa[:, :1].unflatten(2, (side, side)).float()
+            ious.append(soft_iou(attention, F.interpolate(truth, (side, side), mode="area")))
+        self._seen.clear()
+        return 1 - torch.stack(ious).mean()
 
 
 def _smaller(network: ICNet) -> ICNet:
@@ -154,29 +186,37 @@ def iou_loss(maps: tuple[Tensor, ...], truth: Tensor) -> Tensor:
         maps: [N, 1, s, s] in [0, 1] each; resized to the ground truth's size.
         truth: [N, 1, 224, 224] in [0, 1].
     """
-    ious = []
-    for prediction in maps:
-        prediction = resize(prediction.float(), SIZE)
-        smaller, larger = torch.minimum(prediction, truth), torch.maximum(prediction, truth)
-        ious.append(smaller.sum((1, 2, 3)) / larger.sum((1, 2, 3)).clamp_min(1e-6))
-    return 1 - torch.stack(ious).mean()
+    return 1 - torch.stack([soft_iou(resize(prediction.float(), SIZE), truth) for prediction in maps]).mean()
 
 
-def _step(args: argparse.Namespace, interface: Uint8Interface, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
-    """One step; if the loss is not finite, none is taken."""
+def soft_iou(prediction: Tensor, truth: Tensor) -> Tensor:
+    """Σ min / Σ max over the pixels of each image: [N, 1, H, W] in [0, 1], twice → [N]."""
+    smaller, larger = torch.minimum(prediction, truth), torch.maximum(prediction, truth)
+    return smaller.sum((1, 2, 3)) / larger.sum((1, 2, 3)).clamp_min(1e-6)
+
+
+def _step(
+    args: argparse.Namespace,
+    interface: Uint8Interface,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    attention: AttentionLoss | None,
+) -> float:
+    """One step; its loss on the maps. If a loss is not finite, no step is taken and that one is returned."""
     images, sisms = interface.normalise(batch.images.to(args.device), batch.sisms.to(args.device))
     truth = batch.masks.to(args.device).unsqueeze(1) / 255
     with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp):
         maps = interface.network(images.contiguous(memory_format=torch.channels_last), sisms)
-    loss = iou_loss(maps, truth)
-    value = loss.item()
-    if math.isfinite(value):
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        if args.clip:
-            nn.utils.clip_grad_norm_(interface.parameters(), args.clip)
-        optimizer.step()
-    return value
+    on_maps = iou_loss(maps, truth)
+    loss = on_maps + args.attention_loss * attention(truth) if attention else on_maps
+    if not math.isfinite(loss.item()):
+        return loss.item()
+    optimizer.zero_grad()
+    torch.autograd.backward(loss)
+    if args.clip:
+        nn.utils.clip_grad_norm_(interface.parameters(), args.clip)
+    optimizer.step()
+    return on_maps.item()
 
 
 def _check(args: argparse.Namespace) -> None:

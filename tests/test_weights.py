@@ -1,0 +1,65 @@
+"""The demo checkpoint does what its card says, on groups of classes that it has never seen."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import DATA
+
+from benchmarks.dataset import evaluate, find_dataset
+from benchmarks.metrics import Metrics
+from export.checkpoint import load_checkpoint
+from export.fp16 import half_precision
+from export.to_onnx import write_onnx
+from runtime import Predictor
+
+WEIGHTS = Path(__file__).parents[1] / "weights"
+CHECKPOINT = WEIGHTS / "icnet_demo.pth"
+METRICS = ("s", "max_f", "max_e", "mae")
+
+
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory) -> dict[str, Metrics]:
+    """Scores on the sample groups: of the SISMs, and of the checkpoint in both precisions."""
+    folder = tmp_path_factory.mktemp("weights")
+    network = load_checkpoint(CHECKPOINT)
+    write_onnx(network, folder / "fp32.onnx")
+    write_onnx(half_precision(network), folder / "fp16.onnx")
+    dataset = find_dataset(DATA / "pasted", DATA / "pasted" / "sism")
+    found = {"sisms": evaluate(dataset, dataset.read(sisms for _, sisms in dataset.inputs()))}
+    for name in ("fp32", "fp16"):
+        with Predictor(folder / f"{name}.onnx") as predictor:
+            found[name] = evaluate(dataset, predictor.predict_groups(dataset.inputs()))
+    return found
+
+
+def test_it_is_small():
+    assert CHECKPOINT.stat().st_size <= 4e6
+
+
+def test_it_finds_the_common_object_where_sisms_mark_everything(scores):
+    assert scores["fp32"].mae <= scores["sisms"].mae / 2
+    assert scores["fp32"].max_f >= scores["sisms"].max_f + 0.15
+
+
+def test_half_precision_costs_next_to_nothing(scores):
+    for metric in METRICS:
+        assert getattr(scores["fp16"], metric) == pytest.approx(getattr(scores["fp32"], metric), abs=5e-3)
+
+
+def test_the_sample_is_of_classes_that_were_held_out():
+    from training.cutouts import held_out
+
+    classes = [path.name for path in (DATA / "pasted" / "img").iterdir()]
+    assert held_out(classes) == set(classes)
+
+
+@pytest.mark.parametrize("document", ["README.md", "weights/README.md"])
+def test_the_scores_in_the_documents_are_those_that_were_measured(document):
+    text = (WEIGHTS.parent / document).read_text()
+    heldout = json.loads((WEIGHTS / "heldout.json").read_text())["datasets"][0]
+    assert f"{heldout['groups']} groups" in text
+    for row in heldout["maps"]:
+        assert "| " + " | ".join(f"{row[metric]:.3f}" for metric in METRICS) + " |" in text, row["name"]
+    blind = json.loads((WEIGHTS / "robustness.json").read_text())["scores"]["fp32.onnx, SISM = 1"][0]
+    assert "| " + " | ".join(f"{blind[metric]:.3f}" for metric in METRICS) + " |" in text
