@@ -15,6 +15,7 @@ import sys
 import threading
 from collections import Counter
 from enum import IntEnum
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -511,6 +512,8 @@ class Gpu:
 def install(gpu, monkeypatch):
     """Put the simulated modules and driver in place of the real ones, until `monkeypatch` is undone."""
     for name, module in gpu.modules().items():
+        if module is not None:
+            module.__spec__ = ModuleSpec(name, None)  # PyTorch looks for it
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr("runtime.cuda._load_driver", gpu.library)
     return gpu
