@@ -23,8 +23,9 @@ lint: .venv/test  ## style, types, and the direction of imports
 bench: .venv/demo  ## latency and memory, side by side
 	$(BIN)/icnet bench --output build/latency.json
 
-gpu-check: .venv/gpu  ## on a machine with a GPU: the tests that need one
+gpu-check: .venv/gpu  ## on a machine with a GPU: the tests that need one, and the race (CHECKPOINT=FILE to give one)
 	$(BIN)/pytest -m gpu
+	$(BIN)/icnet bench --device cuda $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)')
 
 weights: .venv/test  ## train the demo checkpoint again and measure it (needs npm and apt-get; an hour and a half)
 	$(MAKE) -C weights

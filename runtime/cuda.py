@@ -1,4 +1,4 @@
-"""Page-locked buffers, device memory, streams, events and graphs: the only file that knows PyCUDA.
+"""Page-locked buffers, device memory, streams, events and graphs: the only file that knows PyCUDA or the driver.
 
 Everything lives in the device's primary context, the one that TensorRT uses, and is called with that context pushed:
 
@@ -6,7 +6,9 @@ Everything lives in the device's primary context, the one that TensorRT uses, an
         stream = cuda.stream()
 """
 
+import ctypes
 import importlib
+import sys
 from types import TracebackType
 from typing import Any, Self
 
@@ -134,6 +136,70 @@ class Capture:
         if int(code) != 0:
             raise ModelError(f"CUDA graph: {function} failed with {code}")
         return results[0] if results else None
+
+
+class PageLocked:
+    """Page-locked host memory, asked of the driver itself: for engines that work without PyCUDA.
+
+    Args:
+        device: the number of the GPU that copies from and to it.
+
+    Raises:
+        DependencyError: there is no NVIDIA driver or no such GPU.
+    """
+
+    def __init__(self, device: int = 0) -> None:
+        self._driver = _load_driver()
+        self._device, self._context = ctypes.c_int(), ctypes.c_void_p()
+        for function, *args in (
+            ("cuInit", 0),
+            ("cuDeviceGet", ctypes.byref(self._device), device),
+            ("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device),
+        ):
+            if code := getattr(self._driver, str(function))(*args):
+                raise DependencyError(f"GPU {device} can't be used: {function} failed with {code}")
+
+    def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """A page-locked array; give it back with `free`.
+
+        Raises:
+            ModelError: there is not that much.
+        """
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        address = ctypes.c_void_p()
+        code = self._call("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(size), ctypes.c_uint(0))
+        if code or address.value is None:
+            raise ModelError(
+                f"out of page-locked host memory: {size / 2**20:.0f} MiB were wanted (error {code}); split the group"
+            )
+        memory: Any = (ctypes.c_ubyte * size).from_address(address.value)
+        array: NDArray[Any] = np.frombuffer(memory, dtype).reshape(shape)
+        return array
+
+    def free(self, array: NDArray[Any]) -> None:
+        """Free what `allocate` returned; the array must not be touched afterwards."""
+        self._call("cuMemFreeHost", ctypes.c_void_p(array.ctypes.data))
+
+    def close(self) -> None:
+        """Release the primary context; other users of it are not affected."""
+        self._driver.cuDevicePrimaryCtxRelease_v2(self._device)
+
+    def _call(self, function: str, *args: Any) -> int:
+        """Call with the context current on this thread; the driver's code, 0 for success."""
+        previous = ctypes.c_void_p()
+        self._driver.cuCtxPushCurrent_v2(self._context)
+        try:
+            return int(getattr(self._driver, function)(*args))
+        finally:
+            self._driver.cuCtxPopCurrent_v2(ctypes.byref(previous))
+
+
+def _load_driver() -> Any:
+    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        return ctypes.CDLL(name)
+    except OSError as error:
+        raise DependencyError(f"no NVIDIA driver on this machine ({name}): a GPU is needed") from error
 
 
 def _out_of_memory(kind: str, wanted: int) -> ModelError:

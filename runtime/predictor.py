@@ -37,7 +37,7 @@ class Predictor:
             or .trt) from `icnet build` or `trtexec`, run on a GPU.
         threads: ONNX Runtime: CPU threads for one call; None for one per physical core.
         providers: ONNX Runtime: execution providers in order of preference, e.g. ["CUDAExecutionProvider"]; one that
-            was asked for and can't be used is an error.
+            was asked for and can't be used is an error. On NVIDIA GPUs groups go through page-locked buffers.
         device: TensorRT: the GPU's number.
         slots: TensorRT: groups in flight at once, each with buffers for the largest group; at least 2.
 

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections import Counter
 from enum import IntEnum
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -49,6 +50,7 @@ class Gpu:
         self.thread = threading.local()
         self.allocations = {}  # address -> uint8 array
         self.pinned = {}  # address -> array
+        self.freed = []  # page-locked memory that is no longer allocated
         self.streams = {}
         self.alive = Counter()  # kind -> number now
         self.made = Counter()  # kind -> number ever
@@ -255,6 +257,51 @@ class Gpu:
             memcpy_htod_async=memcpy_htod_async, memcpy_dtoh_async=memcpy_dtoh_async,
         )  # fmt: skip
         return driver
+
+    def library(self):
+        """`libcuda.so.1`, as far as `runtime.cuda.PageLocked` calls it."""
+        gpu = self
+
+        def retain(context, device):
+            gpu.make("context")
+            return 0
+
+        def release(device):
+            gpu.drop("context")
+            return 0
+
+        def push(context):
+            gpu.thread.depth = getattr(gpu.thread, "depth", 0) + 1
+            return 0
+
+        def pop(context):
+            gpu.need_context()
+            gpu.thread.depth -= 1
+            return 0
+
+        def allocate(pointer, size, flags):
+            gpu.need_context()
+            if sum(block.size for block in gpu.pinned.values()) + size.value > gpu.memory:
+                return 2
+            block = np.full(size.value, FRESH, np.uint8)
+            pointer._obj.value = block.ctypes.data
+            gpu.pinned[block.ctypes.data] = block
+            gpu.make("page-locked memory")
+            return 0
+
+        def free(address):
+            gpu.need_context()
+            check(address.value in gpu.pinned, "page-locked memory freed twice")
+            gpu.freed.append(gpu.pinned.pop(address.value))  # kept, so that a late access finds poison
+            gpu.freed[-1][:] = FREED
+            gpu.drop("page-locked memory")
+            return 0
+
+        return SimpleNamespace(
+            cuInit=lambda flags: 0, cuDeviceGet=lambda device, number: 101 if number else 0,
+            cuDevicePrimaryCtxRetain=retain, cuDevicePrimaryCtxRelease_v2=release, cuCtxPushCurrent_v2=push,
+            cuCtxPopCurrent_v2=pop, cuMemHostAlloc=allocate, cuMemFreeHost=free,
+        )  # fmt: skip
 
     def graphs(self):
         """`cuda.bindings.driver`: stream capture."""
@@ -463,7 +510,10 @@ class Gpu:
 
 
 def install(gpu, monkeypatch):
-    """Put the simulated modules in place of the real ones, until `monkeypatch` is undone."""
+    """Put the simulated modules and driver in place of the real ones, until `monkeypatch` is undone."""
     for name, module in gpu.modules().items():
+        if module is not None:
+            module.__spec__ = ModuleSpec(name, None)  # PyTorch looks for it
         monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("runtime.cuda._load_driver", gpu.library)
     return gpu

@@ -1,8 +1,10 @@
 """The real thing, where there is one: everything else about the GPU is tested on simulated_gpu.py."""
 
 import importlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import onnxruntime
 import pytest
 from conftest import random_network
 
@@ -10,7 +12,7 @@ from export.build_engine import Profile, build_engine
 from export.fp16 import half_precision
 from export.to_onnx import write_onnx
 from runtime import ICNetError, Predictor
-from runtime.cuda import Cuda
+from runtime.cuda import Cuda, PageLocked
 
 pytestmark = pytest.mark.gpu
 
@@ -41,6 +43,23 @@ def engine(request, cuda, tmp_path_factory):
     return path, folder / "fp32.onnx", request.param
 
 
+@pytest.fixture(scope="module")
+def page_locked():
+    try:
+        memory = PageLocked()
+    except ICNetError as error:
+        pytest.skip(f"no usable GPU: {error}")
+    yield memory
+    memory.close()
+
+
+@pytest.fixture(scope="module", params=["CUDAExecutionProvider", "TensorrtExecutionProvider"])
+def provider(request, page_locked):
+    if request.param not in onnxruntime.get_available_providers():
+        pytest.skip(f"{request.param}: not in this onnxruntime; onnxruntime-gpu has it")
+    return request.param
+
+
 def group(n):
     rng = np.random.default_rng(n)
     return rng.integers(0, 256, (n, 224, 224, 3), np.uint8), rng.integers(0, 256, (n, 224, 224), np.uint8)
@@ -61,6 +80,40 @@ def test_page_locked_copies_go_to_the_device_and_back(cuda):
         memory.free()
         cuda.free_pinned(here)
         cuda.free_pinned(there)
+
+
+def test_the_drivers_page_locked_memory_takes_asynchronous_copies(page_locked, cuda):
+    here, there = (page_locked.allocate((3, 5), np.float32) for _ in range(2))
+    with cuda:
+        stream, memory = cuda.stream(), cuda.allocate(here.nbytes)
+        here[:] = np.arange(15).reshape(3, 5)
+        there[:] = -1
+        cuda.copy_in(memory, here, stream)
+        cuda.copy_out(there, memory, stream)
+        stream.synchronize()
+        memory.free()
+    np.testing.assert_array_equal(there, np.arange(15).reshape(3, 5))
+    page_locked.free(here)
+    page_locked.free(there)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_onnx_runtimes_maps_are_the_cpus(provider, precision, tmp_path):
+    network = random_network(0.25)
+    write_onnx(network, tmp_path / "fp32.onnx")
+    path = tmp_path / f"{precision}.onnx"
+    if precision == "fp16":
+        write_onnx(half_precision(network), path)
+    worst = {"fp32": 2e-3, "fp16": 2e-2}[precision]  # mean; TF32 and FP16 swap near-equal pixels
+    sizes = (1, 3, 5, 16, 3, 3, 1, 16)
+    with Predictor(path, providers=[provider]) as gpu, Predictor(tmp_path / "fp32.onnx") as cpu:
+        expected = [cpu.predict_tensors(*group(n)) for n in sizes]
+        one_by_one = [gpu.predict_tensors(*group(n)) for n in sizes]
+        with ThreadPoolExecutor(6) as pool:
+            at_once = list(pool.map(lambda n: gpu.predict_tensors(*group(n)), sizes))
+    for maps, other, right in zip(one_by_one, at_once, expected, strict=True):
+        assert np.abs(maps - right).mean() < worst
+        assert np.abs(other - right).mean() < worst
 
 
 def test_a_captured_graph_replays_its_copies(cuda):

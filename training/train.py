@@ -84,7 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 # What a resumed run must share with the run before, or it would be another training.
 SETTINGS = (
-    "images", "width", "init", "epochs", "steps", "lr", "weight_decay", "schedule", "attention_loss", "clip", "amp", "seed",
+    "images", "width", "init", "epochs", "steps", "lr", "weight_decay", "schedule", "attention_loss", "clip",
+    "amp", "seed",
 )  # fmt: skip
 
 

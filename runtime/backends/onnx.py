@@ -1,5 +1,12 @@
-"""ONNX Runtime, on the CPU or through any of its execution providers."""
+"""ONNX Runtime, on the CPU or through any of its execution providers.
 
+On an NVIDIA GPU every call has a *binding* to itself: page-locked host buffers, device memory for the inputs and the
+I/O binding that joins them to the session. So a group is copied by the GPU's copy engines, straight from and to these
+buffers, while other calls compute; bindings are reused from call to call.
+"""
+
+import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.contract import TensorSpec, check_contract
-from runtime.errors import DependencyError, ModelError, one_line
+from runtime.contract import INPUTS, OUTPUTS, TensorSpec, check_contract
+from runtime.cuda import PageLocked
+from runtime.errors import DependencyError, ICNetError, ModelError, one_line
 
 CPU = "CPUExecutionProvider"
+CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")  # those that compute on an NVIDIA GPU
+DEVICE = "cuda"  # ONNX Runtime's name for that GPU's memory
+MOST_BINDINGS = 4  # calls at once; more would only wait inside the GPU
+KEPT_IMAGES = 64  # buffers for larger groups are freed after the call
 Provider = str | tuple[str, dict[str, Any]]
 
 NUMPY_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
@@ -35,11 +47,12 @@ class OnnxBackend:
         path: an .onnx file that follows the contract.
         threads: CPU threads for one call; None for one per physical core.
         providers: execution providers in order of preference, each a name or (name, options), as ONNX Runtime takes
-            them. The CPU comes last in any case, for what the others can't compute.
+            them. The CPU comes last in any case, for what the others can't compute. With those of NVIDIA GPUs, calls
+            go through I/O bindings.
 
     Raises:
         ModelError: not an ONNX file, or not an exported ICNet; or a provider that was asked for is not used.
-        DependencyError: ONNX Runtime is not installed, or not with these providers.
+        DependencyError: ONNX Runtime is not installed, or not with these providers; or there is no NVIDIA driver.
     """
 
     slots = 1  # groups at once that one caller can have in work
@@ -60,6 +73,9 @@ class OnnxBackend:
                 f"{', '.join(absent)}: not in this onnxruntime, which has {', '.join(ort.get_available_providers())}; "
                 "for NVIDIA GPUs replace onnxruntime by onnxruntime-gpu (never both)"
             )
+        on_gpu = [p for p in providers if (p if isinstance(p, str) else p[0]) in CUDA]
+        if on_gpu and hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # CUDA and cuDNN from their wheels, where the loader does not look
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 3  # errors; they reach the caller as exceptions
@@ -76,6 +92,11 @@ class OnnxBackend:
         self._group_size = check_contract(
             self.path, [_spec(t) for t in self._session.get_inputs()], [_spec(t) for t in self._session.get_outputs()]
         )
+        self._bindings: _Bindings | None = None
+        if on_gpu:
+            device = 0 if isinstance(on_gpu[0], str) else int(on_gpu[0][1].get("device_id", 0))
+            self._bindings = _Bindings(ort, self._session, device)
+            self._finalizer = weakref.finalize(self, self._bindings.close)
 
     def check_group(self, images: int) -> None:
         """Raise ModelError if the model was built for groups of another size."""
@@ -88,7 +109,13 @@ class OnnxBackend:
     def submit(self, images: NDArray[np.uint8], sisms: NDArray[np.uint8]) -> Finished:
         """Run a group: uint8 [N, 224, 224, 3], uint8 [N, 224, 224] → float32 [N, 224, 224]."""
         try:
-            maps: NDArray[np.float32] = self._session.run(["maps"], {"images": images, "sisms": sisms})[0]
+            maps: NDArray[np.float32]
+            if self._bindings is None:
+                maps = self._session.run(["maps"], {"images": images, "sisms": sisms})[0]
+            else:
+                maps = self._bindings.run(images, sisms)
+        except ICNetError:
+            raise
         except Exception as error:
             if "allocate memory" in str(error) or isinstance(error, MemoryError):
                 raise ModelError(f"{self.path}: out of memory for a group of {len(images)}; split the group") from error
@@ -96,8 +123,117 @@ class OnnxBackend:
         return Finished(maps)
 
     def close(self) -> None:
-        """Give the session's memory back."""
+        """Give the session's memory back; on a GPU, calls in work are finished first."""
+        if self._bindings is not None:
+            self._finalizer()
+            del self._bindings
         del self._session
+
+
+class _Bindings:
+    """The bindings, and who has them.
+
+    Args:
+        ort: the module `onnxruntime`.
+        session: the model's session.
+        device: the GPU's number.
+
+    Raises:
+        DependencyError: there is no NVIDIA driver.
+    """
+
+    def __init__(self, ort: Any, session: Any, device: int) -> None:
+        self._ort, self._session, self._device = ort, session, device
+        # ONNX Runtime's own allocator of such memory can be reached from Python in its newest releases only.
+        self._memory = PageLocked(device)
+        self._free: list[_Binding] = []
+        self._made = 0
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def run(self, images: NDArray[np.uint8], sisms: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Run a group through a free binding: a new one if there is none, until there are MOST_BINDINGS."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._free or self._made < MOST_BINDINGS)
+            if self._closed:
+                raise ICNetError("this Predictor is closed")
+            if not self._free:
+                self._free.append(_Binding(self._ort, self._session, self._memory, self._device))
+                self._made += 1
+            binding = self._free.pop()
+        try:
+            return binding.run(images, sisms)
+        finally:
+            with self._changed:
+                self._free.append(binding)
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Refuse new groups, wait for those in work, and free everything."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: len(self._free) == self._made)
+            while self._free:
+                self._free.pop().free()
+                self._made -= 1
+        self._memory.close()
+
+
+class _Binding:
+    """One call's way through the session, for groups of any size; it holds no memory until its first call."""
+
+    def __init__(self, ort: Any, session: Any, memory: PageLocked, device: int) -> None:
+        self._ort, self._session, self._memory, self._device = ort, session, memory, device
+        self._io = session.io_binding()
+        self._host: dict[str, NDArray[Any]] = {}  # page-locked, [most images, ...]
+        self._inputs: dict[str, Any] = {}  # on the device, [images of the last call, ...]
+        self._most = 0
+
+    def run(self, images: NDArray[np.uint8], sisms: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Copy a group in, run it, and copy its maps out: an array of the caller's own."""
+        n = len(images)
+        try:
+            self._fit(n)
+            for spec, array in zip(INPUTS, (images, sisms), strict=True):
+                host, value = self._host[spec.name][:n], self._inputs[spec.name]
+                np.copyto(host, array)
+                value.update_inplace(host)
+                # Anew each time: a node that is left to the CPU gets a copy, which is made when the input is bound.
+                self._io.bind_ortvalue_input(spec.name, value)
+            maps = self._host["maps"][:n]
+            self._io.bind_output("maps", "cpu", 0, maps.dtype, maps.shape, maps.ctypes.data)
+            self._session.run_with_iobinding(self._io)
+            maps = maps.copy()
+        except BaseException:
+            self.free()
+            raise
+        if n > KEPT_IMAGES:
+            self.free()
+        return maps
+
+    def free(self) -> None:
+        """Give its memory back; the next call takes new."""
+        self._io.clear_binding_inputs()
+        self._io.clear_binding_outputs()
+        self._inputs.clear()
+        while self._host:
+            self._memory.free(self._host.popitem()[1])
+        self._most = 0
+
+    def _fit(self, n: int) -> None:
+        """Have host buffers for n images at least, and device memory for exactly n."""
+        if n > self._most:
+            self.free()
+            most = 1 << (n - 1).bit_length()  # groups that grow one by one need few allocations
+            for spec in (*INPUTS, *OUTPUTS):
+                self._host[spec.name] = self._memory.allocate((most, *spec.sizes), spec.dtype)
+            self._most = most
+        for spec in INPUTS:
+            shape = [n, *spec.sizes]
+            if spec.name not in self._inputs or self._inputs[spec.name].shape() != shape:
+                create = self._ort.OrtValue.ortvalue_from_shape_and_type
+                self._inputs[spec.name] = create(shape, np.dtype(spec.dtype).type, DEVICE, self._device)
 
 
 def _spec(tensor: Any) -> TensorSpec:
