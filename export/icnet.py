@@ -115,7 +115,6 @@ class CorrelationFusion(nn.Module):
         self.size = size
         pixels = size * size
         self.conv = nn.Sequential(nn.Conv2d(pixels, out, 1), Residual(out))
-        self.csa = nn.Identity()  # the attention passes here, where hooks can see it
         # Multiplications of W·(f_sortedᵀ·f) against (W·f_sortedᵀ)·f, per image and polarity:
         # HW²·(C + K) against 2·K·C·HW.
         self.weights_first = 2 * out * channels < pixels * (channels + out)
@@ -178,7 +177,7 @@ class CorrelationFusion(nn.Module):
     def forward(self, features: Tensor, sisms: Tensor) -> Tensor:
         """[N, C, H, W], [N, 1, 224, 224] → [N, P·K, H, W]: foreground channels, then background channels."""
         f = l2_normalise(features.flatten(2), 1).to(features.dtype)  # [N, C, HW], shared by both polarities
-        csa = self.csa(self.attention(f, self.sivs(f, sisms)))  # [N, P, HW]
+        csa = self.attention(f, self.sivs(f, sisms))  # [N, P, HW]
         x = self.rscf(f, csa).unflatten(3, (self.size, self.size))  # [N, P, K, H, W]
         residual = self.conv[1]
         if self.training:  # the paper runs the polarities one after the other: each has its own batch statistics

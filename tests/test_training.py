@@ -16,7 +16,7 @@ from runtime import InputError, Predictor
 from training.batches import DataSetBatches
 from training.pretrain import Classifier, backbone
 from training.progress import half_cosine
-from training.train import iou_loss
+from training.train import AttentionLoss, iou_loss
 
 SMALL = ["--width", 0.0625, "--images", 3, "--lr", 1e-3, "--init", "he"]
 
@@ -50,6 +50,43 @@ def test_iou_loss_on_numbers():
     assert iou_loss((half,), truth).item() == pytest.approx(1 - (1 / 3 + 1 / 2) / 2)
     assert iou_loss((half, truth), truth).item() == pytest.approx(1 - (1 / 3 + 1 / 2 + 1 + 1) / 4)
     assert torch.isfinite(iou_loss((half,), torch.zeros_like(truth)))
+
+
+def test_attention_loss_is_of_both_kinds_of_sivs_at_every_level():
+    network = random_network(1 / 16).train()
+    loss = AttentionLoss(network)
+    images, sisms = torch.randn(3, 3, 224, 224), torch.rand(3, 1, 224, 224)
+    truth = torch.zeros(3, 1, 224, 224)
+    truth[..., :112] = 1
+    expected = []
+    for module in (network.Co6, network.Co5, network.Co4):
+
+        def spy(inputs, fusion=module.cosal_feat):
+            f = torch.nn.functional.normalize(inputs[0].flatten(2), dim=1)
+            half = torch.zeros(fusion.size, fusion.size)
+            half[:, : fusion.size // 2] = 1
+            if fusion.size % 2:
+                half[:, fusion.size // 2] = 0.5
+            for marked in (inputs[1], truth):
+                csa = fusion.attention(f, fusion.sivs(f, marked))[:, 0].view(3, fusion.size, fusion.size)
+                low, high = torch.minimum(csa, half), torch.maximum(csa, half)
+                expected.append(1 - (low.sum((1, 2)) / high.sum((1, 2))).mean().item())
+
+        module.cosal_feat.register_forward_pre_hook(lambda _module, inputs, spy=spy: spy(inputs))
+    network(images, sisms)
+    assert len(expected) == 6
+    assert loss(truth).item() == pytest.approx(np.mean(expected), abs=1e-4)
+
+
+def test_attention_loss_reaches_the_features():
+    network = random_network(1 / 16).train()
+    loss = AttentionLoss(network)
+    network(torch.randn(2, 3, 224, 224), torch.rand(2, 1, 224, 224))
+    loss(torch.ones(2, 1, 224, 224)).backward()
+    assert all(
+        layer.weight.grad.abs().sum() > 0 for layer in (network.conv4_cmprs, network.conv5_cmprs, network.vgg.vgg[0])
+    )
+    assert network.refine_1.cmprs.weight.grad is None  # what makes the maps is not trained by it
 
 
 def test_the_learning_rate_rises_and_falls_to_nothing():
@@ -151,7 +188,7 @@ def test_training_learns_and_its_result_is_exported(icnet, pasted, tmp_path):
 
 
 def test_an_interrupted_training_goes_on_bit_exactly(icnet, pasted, tmp_path, monkeypatch):
-    options = [*pasted, "--steps", 6, "--schedule", "cosine", "--clip", 1, "--amp"]
+    options = [*pasted, "--steps", 6, "--schedule", "cosine", "--attention-loss", 1, "--clip", 1, "--amp"]
     assert icnet("train", *options, "--output", tmp_path / "whole.pth")[0] == 0
     step = training.train._step
     taken = []

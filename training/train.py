@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from export.checkpoint import load_backbone, load_checkpoint, read_checkpoint, save_checkpoint
-from export.icnet import SIZE, CorrelationFusion, ICNet, Uint8Interface, resize
+from export.icnet import SIZE, CorrelationFusion, ICNet, Uint8Interface, l2_normalise, resize
 from runtime.errors import CheckpointError, ICNetError, InputError
 from runtime.files import replacing, same_file
 from training.batches import Batch, DataSetBatches, PastedBatches
@@ -149,25 +149,28 @@ def train(
 
 
 class AttentionLoss:
-    """Soft IoU loss of the co-salient attention at each level, foreground, against the ground truth.
+    """Soft IoU loss of the co-salient attention (foreground) at every level, with SIVs by the SISMs and by the truth.
 
-    Not the paper's: a network that starts from a weak backbone learns to clean up each SISM on its own before it learns
-    to compare images, and stays there. This makes it compare from the start.
+    Not the paper's: from a weak backbone a network learns to clean up each SISM, and to attend to objects of any kind,
+    before it learns to compare, and stays there. The true SIVs hold nothing but the common object, so attention by them
+    is right only if features tell it from the distractors.
     """
 
     def __init__(self, network: ICNet) -> None:
-        self._seen: list[Tensor] = []
+        self._seen: list[tuple[CorrelationFusion, Tensor, Tensor]] = []
         for module in network.modules():
             if isinstance(module, CorrelationFusion):
-                module.csa.register_forward_hook(lambda _module, _inputs, csa: self._seen.append(csa))
+                module.register_forward_hook(lambda module, inputs, _output: self._seen.append((module, *inputs)))
 
     def __call__(self, truth: Tensor) -> Tensor:
         """The loss of the forward pass before this call; `truth` as for `iou_loss`."""
         ious = []
-        for csa in self._seen:  # [N, P, HW]
-            side = math.isqrt(csa.shape[2])
-            attention = csa[:, :1].unflatten(2, (side, side)).float()
-            ious.append(soft_iou(attention, F.interpolate(truth, (side, side), mode="area")))
+        for module, features, sisms in self._seen:
+            f = l2_normalise(features.flatten(2), 1).to(features.dtype)  # [N, C, HW]
+            expected = F.interpolate(truth, (module.size, module.size), mode="area")
+            for marked in (sisms, truth):
+                csa = module.attention(f, module.sivs(f, marked))[:, :1]  # [N, 1, HW]
+                ious.append(soft_iou(csa.unflatten(2, (module.size, module.size)), expected))
         self._seen.clear()
         return 1 - torch.stack(ious).mean()
 
@@ -208,8 +211,9 @@ def _step(
     truth = batch.masks.to(args.device).unsqueeze(1) / 255
     with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp):
         maps = interface.network(images.contiguous(memory_format=torch.channels_last), sisms)
-    on_maps = iou_loss(maps, truth)
-    loss = on_maps + args.attention_loss * attention(truth) if attention else on_maps
+        on_maps = loss = iou_loss(maps, truth)
+        if attention:
+            loss = on_maps + args.attention_loss * attention(truth)
     if not math.isfinite(loss.item()):
         return loss.item()
     optimizer.zero_grad()
