@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import cv2
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -65,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--epochs", type=int, default=60, help="times that a data set is seen (default 60)")
     length.add_argument("--steps", type=int, help="instead of epochs; needed with --cutouts")
     parser.add_argument("--lr", type=float, default=1e-5, help="learning rate (default 1e-5)")
+    parser.add_argument("--backbone-lr", type=float, help="learning rate of the backbone, if it has its own")
     parser.add_argument("--weight-decay", type=float, default=1e-4)
     parser.add_argument(
         "--schedule", choices=("constant", "cosine"), default="constant", help="of the learning rate; cosine warms up"
@@ -84,8 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 # What a resumed run must share with the run before, or it would be another training.
 SETTINGS = (
-    "images", "width", "init", "epochs", "steps", "lr", "weight_decay", "schedule", "attention_loss", "clip",
-    "amp", "seed",
+    "images", "width", "init", "epochs", "steps", "lr", "backbone_lr", "weight_decay", "schedule", "attention_loss",
+    "clip", "amp", "seed",
 )  # fmt: skip
 
 
@@ -104,7 +106,9 @@ def run(args: argparse.Namespace) -> int:
     network = _network(args)
     network = network.train().to(args.device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster on a CPU
-    optimizer = torch.optim.Adam(network.parameters(), args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.Adam(_parameters(args, network), args.lr, weight_decay=args.weight_decay)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]  # as PyTorch's own schedules call it
     losses: list[float] = []
     if args.resume and args.output.exists():
         losses = _resume(args, network, optimizer)
@@ -126,7 +130,7 @@ def train(
     interface = Uint8Interface(network).to(args.device)
     attention = AttentionLoss(network) if args.attention_loss else None
     loader = DataLoader(
-        batches, batch_size=None, sampler=range(len(losses), steps), num_workers=2, worker_init_fn=_ignore_interrupts
+        batches, batch_size=None, sampler=range(len(losses), steps), num_workers=2, worker_init_fn=_start_worker
     )
     with Steps("training", steps, len(losses)) as progress, _interrupts() as interrupted:
         for batch in loader:
@@ -134,7 +138,7 @@ def train(
                 raise batch
             if args.schedule == "cosine":
                 for group in optimizer.param_groups:
-                    group["lr"] = args.lr * half_cosine(len(losses), steps)
+                    group["lr"] = group["initial_lr"] * half_cosine(len(losses), steps)
             loss = _step(args, interface, optimizer, batch, attention)
             if not math.isfinite(loss):
                 kept = f"{args.output} holds an earlier step" if args.output.exists() else "nothing was saved yet"
@@ -274,6 +278,14 @@ def _network(args: argparse.Namespace) -> ICNet:
     return network
 
 
+def _parameters(args: argparse.Namespace, network: ICNet) -> list[dict[str, Any]]:
+    if args.backbone_lr is None:
+        return [{"params": list(network.parameters())}]
+    backbone = {id(parameter) for parameter in network.vgg.parameters()}
+    rest = [parameter for parameter in network.parameters() if id(parameter) not in backbone]
+    return [{"params": rest}, {"params": list(network.vgg.parameters()), "lr": args.backbone_lr}]
+
+
 def _resume(args: argparse.Namespace, network: ICNet, optimizer: torch.optim.Optimizer) -> list[float]:
     """Load what `_save` wrote; the losses so far."""
     load_checkpoint(args.output)  # its tensors are checked by name and shape
@@ -314,8 +326,9 @@ def _plot(path: Path, losses: list[float]) -> None:
         figure.savefig(temporary, dpi=120)
 
 
-def _ignore_interrupts(_: int) -> None:
+def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that trains decides
+    cv2.setNumThreads(1)  # the cores are for training
 
 
 @contextmanager
