@@ -35,6 +35,7 @@ from training.paste import CutPaste
 
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8)
 BLIND = "SISM = 1"
+TITLES = {"max_f": "max F ↑", "mae": "MAE ↓"}
 
 Results = dict[str, Any]
 
@@ -119,14 +120,14 @@ def _numbers(metrics: Metrics) -> dict[str, float]:
 
 def table(results: Results) -> Table:
     """Max F and MAE at every share, for a terminal."""
-    grid = Table(
-        title=f"{results['groups']} groups of {results['images']}: max F ↑ / MAE ↓ by the share of spoiled SISMs"
-    )
+    grid = Table(title=f"{results['groups']} groups of {results['images']}, by the share of spoiled SISMs")
     grid.add_column("maps")
+    grid.add_column("score")
     for share in results["shares"]:
         grid.add_column(f"{share:.0%}", justify="right")
     for label, row in results["scores"].items():
-        grid.add_row(label, *(f"{s['max_f']:.3f} / {s['mae']:.3f}" for s in row))
+        for key, name in TITLES.items():
+            grid.add_row(label, name, *(f"{scores[key]:.3f}" for scores in row))
     return grid
 
 
@@ -135,7 +136,7 @@ def draw(results: Results, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
-    for axes, (key, title) in zip(figure.subplots(1, 2), {"max_f": "max F ↑", "mae": "MAE ↓"}.items(), strict=True):
+    for axes, (key, title) in zip(figure.subplots(1, 2), TITLES.items(), strict=True):
         for label, row in results["scores"].items():
             values = [s[key] for s in row]
             if len(values) == 1:  # blind: no SISMs to spoil

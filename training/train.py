@@ -23,7 +23,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import cv2
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -130,7 +129,7 @@ def train(
     interface = Uint8Interface(network).to(args.device)
     attention = AttentionLoss(network) if args.attention_loss else None
     loader = DataLoader(
-        batches, batch_size=None, sampler=range(len(losses), steps), num_workers=2, worker_init_fn=_start_worker
+        batches, batch_size=None, sampler=range(len(losses), steps), num_workers=2, worker_init_fn=_ignore_interrupts
     )
     with Steps("training", steps, len(losses)) as progress, _interrupts() as interrupted:
         for batch in loader:
@@ -326,9 +325,8 @@ def _plot(path: Path, losses: list[float]) -> None:
         figure.savefig(temporary, dpi=120)
 
 
-def _start_worker(_: int) -> None:
+def _ignore_interrupts(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that trains decides
-    cv2.setNumThreads(1)  # the cores are for training
 
 
 @contextmanager
