@@ -9,7 +9,7 @@ demo: .venv/demo  ## set up, export the demo checkpoint, run it on groups that i
 	$(BIN)/python export/to_onnx.py --checkpoint weights/icnet_demo.pth --output build/icnet.onnx
 	$(BIN)/icnet predict $(SAMPLE) --model build/icnet.onnx --output build/demo
 	$(BIN)/icnet predict tests/data/bird --model build/icnet.onnx --sisms builtin --output build/demo
-	@echo "Look at build/demo/*/contact_sheet.jpg"
+	@echo "Look at build/demo/*/contact_sheet.jpg (this small network knows drawings only: on the photographs it fails)"
 
 test: .venv/test  ## set up, run all tests
 	$(BIN)/pytest
