@@ -167,13 +167,19 @@ def test_only_single_images(tmp_path, dataset):
         DataSetBatches(dataset, seed=0, images=3, epochs=1)
 
 
-def test_training_learns_and_its_result_is_exported(icnet, pasted, tmp_path):
-    output, weights = tmp_path / "out.pth", tmp_path / "weights.pth"
-    code, out, err = icnet("train", *pasted, "--steps", 40, "--output", output, "--weights", weights, "--lr", 1e-2)
+def test_training_learns_and_its_result_is_exported(icnet, material, tmp_path):
+    """One group over and over, so that the loss of every step is of the same images."""
+    output, weights, data = tmp_path / "out.pth", tmp_path / "weights.pth", tmp_path / "data"
+    assert icnet(
+        "paste", "--cutouts", material[0], "--backgrounds", material[1], "--classes", "white", "--images", 3,
+        "--spoiled", 0, "--output", data,
+    )[0] == 0  # fmt: skip
+    options = ["--data", data, *SMALL, "--lr", 3e-3, "--epochs", 40]
+    code, out, err = icnet("train", *options, "--output", output, "--weights", weights)
     assert (code, err) == (0, "")
     losses = read_checkpoint(output)["training"]["losses"]
     assert len(losses) == 40
-    assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.03
+    assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.1
     assert Image.open(output.with_suffix(".png")).size[0] > 500
     assert "step 40 of 40, loss" in out
     assert weights.stat().st_size < 0.25 * output.stat().st_size
@@ -184,7 +190,8 @@ def test_training_learns_and_its_result_is_exported(icnet, pasted, tmp_path):
     with Predictor(tmp_path / "icnet.onnx") as predictor, torch.inference_mode():
         interface = training.train.Uint8Interface(network)
         expected = interface(torch.from_numpy(images), torch.from_numpy(sisms)).numpy()
-        np.testing.assert_allclose(predictor.predict_tensors(images, sisms), expected, atol=0.02)
+        difference = np.abs(predictor.predict_tensors(images, sisms) - expected)
+    assert difference.mean() < 0.005 < 0.05 < expected.std()  # FP16 weights swap a few near-equal pixels
 
 
 def test_an_interrupted_training_goes_on_bit_exactly(icnet, pasted, tmp_path, monkeypatch):
