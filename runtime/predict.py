@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ICNetError: nothing could be started.
     """
-    groups = find_groups(args.path, _sism_folder(args.path, args.sisms))
+    groups = find_groups(args.path, sism_folder(args.path, args.sisms))
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     failed = skipped = 0
     with Predictor(args.model, threads=args.threads) as predictor:
@@ -96,7 +96,12 @@ def predict_group(predictor: Predictor, group: Group, results: GroupResults) -> 
     results.finish()
 
 
-def _sism_folder(path: Path, sisms: str | None) -> Path | None:
+def sism_folder(path: Path, sisms: str | None) -> Path | None:
+    """The folder of the SISMs of what is at `path`, given --sisms; None for built-in ones.
+
+    Raises:
+        InputError: there is none.
+    """
     if sisms == BUILTIN:
         return None
     if sisms is not None:

@@ -1,0 +1,246 @@
+"""python calibration/calibrate.py: an exported model to INT8, calibrated on groups of images.
+
+The output is an ONNX file with explicit Q/DQ (see graph.py): TensorRT builds it into an engine as it is, and ONNX
+Runtime runs it on a CPU. What is left in floating point has the precision of the model that is calibrated.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a script: the same as `icnet calibrate`
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from icnet_cli import main
+
+    sys.exit(main(["calibrate", *sys.argv[1:]]))
+
+import argparse
+import json
+from collections.abc import Collection, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import onnx
+import onnxruntime
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from benchmarks.dataset import find_dataset
+from benchmarks.metrics import Metrics
+from calibration.graph import ExportedModel, int8_share
+from calibration.groups import CalibrationSet, Feeds, open_groups
+from calibration.ranges import METHODS, PERCENTILE, Ranges, collect, read_cache, write_cache
+from calibration.sensitivity import Decisions, draw, read_decisions, record, scorer, search, table
+from runtime import __version__
+from runtime.errors import DependencyError, InputError, OutputError
+from runtime.files import digest, replacing, same_file
+from runtime.predict import BUILTIN, sism_folder
+from runtime.predictor import MAX_THREADS
+
+ENOUGH = 8  # groups; see the curve in the README
+DEFAULT_METHOD = "percentile"
+NOT_REACHED = 1  # exit code: a model was written, but it loses more than the budget
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `icnet calibrate`."""
+    add = parser.add_argument
+    add("--onnx", type=Path, required=True, help="an export with uint8 inputs, FP32 or FP16")
+    add("--groups", type=Path, required=True, help="a folder of images (one group), or a data set with img/GROUP/")
+    add("--sisms", metavar="DIR", help=f"as for icnet predict (default GROUPS/sism), or '{BUILTIN}'")
+    add("--output", type=Path, required=True, help="the .onnx file to write")
+    add("--method", choices=METHODS, default=DEFAULT_METHOD, help=f"where to cut ranges off (default {DEFAULT_METHOD})")
+    add("--percentile", type=float, default=PERCENTILE, help=f"of --method percentile (default {PERCENTILE})")
+    add("--rest", choices=("fp32", "fp16"), help="precision of what is not int8; the model must be exported in it")
+    add("--budget", type=float, help="what S-measure and max F may lose on --validation; searches layer by layer")
+    add("--validation", type=Path, metavar="DATA", help="data set with img/, gt/ and sism/, of other groups")
+    add("--decisions", type=Path, metavar="JSON", help="apply those that --budget wrote, without searching")
+    add("--plot", type=Path, metavar="PNG", help="of --budget: draw accuracy against the share of int8 operations")
+    add("--cache", type=Path, metavar="JSON", help="ranges, reused if model, groups and method are the same")
+    add("--skip-bad", action="store_true", help="leave out groups with files that can't be read")
+    add("--threads", type=int, help="CPU threads (default: one per core)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Calibrate `args.onnx` on `args.groups`.
+
+    Returns:
+        0; or 1 if no model within the budget was found, and the best one was written.
+
+    Raises:
+        InputError: options that don't go together, or groups that can't be used.
+        ModelError: the model can't be read, is quantised already or not an export of ours, or fails.
+        OutputError: a file can't be written.
+    """
+    _check(args)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    model = ExportedModel(args.onnx)
+    if args.rest not in (None, model.precision):
+        raise InputError(
+            f"{args.onnx}: is {model.precision}, so what is not int8 can't be {args.rest}: calibrate an export with "
+            f"--precision {args.rest} (only the exporter can scale activations to fit FP16)"
+        )
+    int8 = [layer.name for layer in model.candidates]
+    if args.decisions:
+        kept = read_decisions(args.decisions, model)
+        int8 = [name for name in int8 if name not in kept]
+    validation = None
+    if args.budget is not None:
+        sisms = sism_folder(args.validation, BUILTIN if args.sisms == BUILTIN else None)
+        validation = find_dataset(args.validation, sisms or BUILTIN)
+    with ExitStack() as files:
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        progress = files.enter_context(Progress(*columns, console=console, disable=not console.is_terminal))
+        output = files.enter_context(replacing(args.output))
+        groups = open_groups(
+            args.groups,
+            sism_folder(args.groups, args.sisms),
+            args.skip_bad,
+            lambda found: iter(progress.track(found, description="reading")),
+        )
+        for line in groups.skipped:
+            console.print(f"icnet calibrate: {line}", markup=False)
+        if len(groups.groups) < ENOUGH:
+            console.print(
+                f"icnet calibrate: warning: {len(groups.groups)} groups to calibrate on; {ENOUGH} are enough, and with "
+                "fewer the ranges may not cover what comes later",
+                markup=False,
+            )
+        ranges = _ranges(args, model, groups, progress)
+        decisions: Decisions | None = None
+        if validation is not None:
+            score, steps = scorer(validation, args.threads), len(int8) + 2
+            bar = progress.add_task("searching", total=steps)
+
+            def tracked(candidate: Path | onnx.ModelProto, what: str) -> Metrics:
+                progress.update(bar, description=what)
+                metrics = score(candidate, what)
+                progress.advance(bar)
+                return metrics
+
+            decisions = search(model, ranges, args.budget, tracked)
+            int8 = [name for name in int8 if name not in decisions.found.float_layers]
+        quantised = model.quantised(ranges, int8)
+        share = int8_share(quantised)
+        _describe(quantised, args, model, groups, int8, share)
+        onnx.save(quantised, output)
+        if decisions is not None:
+            _write_decisions(args, model, decisions, files)
+    return _report(args, model, decisions, share)
+
+
+def _ranges(args: argparse.Namespace, model: ExportedModel, groups: CalibrationSet, progress: Progress) -> Ranges:
+    """The ranges of all tensors, from the cache if it has them."""
+    tensors = model.tensors()
+    key = {"model": digest(args.onnx), "data": groups.sha256, "method": _method(args)}
+    if args.cache:
+        cached, reason = read_cache(args.cache, key)
+        if cached is not None and {*tensors} <= {*cached}:
+            print(f"{args.cache}: ranges reused: same model, groups and method")
+            return cached
+        print(f"{args.cache}: calibrating anew: {reason or 'it lacks tensors'}")
+
+    def passes(what: str) -> Iterable[Feeds]:
+        return progress.track(groups.feeds(), len(groups.groups), description=what)
+
+    ranges = collect(args.onnx, model.model, tensors, passes, args.method, args.percentile, args.threads)
+    if args.cache:
+        write_cache(args.cache, key, ranges)
+    return ranges
+
+
+def _method(args: argparse.Namespace) -> str:
+    return f"percentile {args.percentile:g}" if args.method == "percentile" else str(args.method)
+
+
+def _describe(
+    quantised: onnx.ModelProto,
+    args: argparse.Namespace,
+    model: ExportedModel,
+    groups: CalibrationSet,
+    int8: Collection[str],
+    share: float,
+) -> None:
+    """Note in the file what it was made from."""
+    notes = {p.key: p.value for p in quantised.metadata_props}
+    kept = [layer.name for layer in model.candidates if layer.name not in int8]
+    notes |= {
+        "producer": f"icnet-deploy {__version__}",
+        "precision": "int8",
+        "rest": model.precision,
+        "source": args.onnx.name,
+        "source_sha256": digest(args.onnx),
+        "calibration_method": _method(args),
+        "calibration_groups": str(len(groups.groups)),
+        "calibration_images": str(groups.images),
+        "calibration_sha256": groups.sha256,
+        "int8_share": f"{share:.4f}",
+        "float_layers": " ".join(kept),
+        "opset": str(quantised.opset_import[0].version),
+        "onnxruntime": onnxruntime.__version__,
+    }
+    onnx.helper.set_model_props(quantised, notes)
+
+
+def _write_decisions(args: argparse.Namespace, model: ExportedModel, decisions: Decisions, files: ExitStack) -> None:
+    content: dict[str, Any] = {
+        "producer": f"icnet-deploy {__version__}",
+        "model": args.onnx.name,
+        "model_sha256": digest(args.onnx),
+        "method": _method(args),
+        "validation": str(args.validation),
+        **record(decisions, model),
+    }
+    path = files.enter_context(replacing(_decisions_file(args)))
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if args.plot:
+        draw(decisions, model, files.enter_context(replacing(args.plot)))
+
+
+def _decisions_file(args: argparse.Namespace) -> Path:
+    output: Path = args.output
+    return output.with_name(output.name + ".json")
+
+
+def _report(args: argparse.Namespace, model: ExportedModel, decisions: Decisions | None, share: float) -> int:
+    size = args.output.stat().st_size
+    if decisions is not None:
+        Console().print(table(decisions, model))
+    print(
+        f"{args.output}: {size / 1e6:.1f} MB, {size / args.onnx.stat().st_size:.0%} of the {model.precision} export; "
+        f"{share:.1%} of the convolutions' operations in int8, {_method(args)}"
+    )
+    if decisions is None or decisions.reached:
+        return 0
+    print(
+        f"icnet calibrate: error: the budget of {args.budget:g} was not reached: the best found loses "
+        f"{decisions.found.loss:.4f}, and was written; try another --method or more groups",
+        file=sys.stderr,
+    )
+    return NOT_REACHED
+
+
+def _check(args: argparse.Namespace) -> None:
+    if (args.budget is None) != (args.validation is None):
+        raise InputError("--budget and --validation go together: the budget is about the scores on a data set")
+    if args.budget is not None and args.decisions:
+        raise InputError("--budget searches and --decisions does not: give one or the other")
+    if args.budget is not None and not 0 <= args.budget < 1:
+        raise InputError(f"--budget {args.budget:g}: expected 0 to 1, what S-measure and max F may lose")
+    if not 0 < args.percentile <= 100:
+        raise InputError(f"--percentile {args.percentile:g}: expected more than 0, at most 100")
+    if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
+        raise InputError(f"--threads {args.threads}: expected 1 to {MAX_THREADS}")
+    if args.plot and args.budget is None:
+        raise InputError("--plot draws what --budget found: give both")
+    if args.validation and same_file(args.validation, args.groups):
+        raise InputError(f"{args.validation}: is what the model is calibrated on; validate on other groups")
+    written = [args.output, args.cache, args.plot, _decisions_file(args) if args.budget is not None else None]
+    paths = [path for path in written if path]
+    for i, path in enumerate(paths):
+        if any(same_file(path, other) for other in (args.onnx, args.decisions, *paths[:i]) if other):
+            raise OutputError(f"{path}: is another file of this run; choose another name")
+    if args.plot:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError as error:
+            raise DependencyError("--plot needs matplotlib: pip install 'icnet-deploy[evaluate]'") from error

@@ -1,0 +1,253 @@
+"""An exported ICNet with its convolutions in int8, by explicit Q/DQ.
+
+Where Q/DQ stand: at the input of every int8 convolution, and at its weights (stored as int8, a scale per output
+channel); never at a convolution's output or bias. So TensorRT fuses DQ, convolution, ReLU and the next layer's Q into
+one kernel, and a residual block's second convolution with the addition and the ReLU after it (the other side of the
+addition comes from a DQ). Max-pooling and resizing stay in int8, on the scale of their input. What a concatenation
+joins shares one scale with the result, and what an addition of two branches joins shares one scale.
+
+The first convolution and the final 1×1 convolutions stay in floating point, and so does all of the correlation: norms,
+products, softmax, min–max, sort, and the 1×1 convolution that is a part of its products.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+from onnx.helper import make_opsetid, tensor_dtype_to_np_dtype
+from onnxruntime.quantization import QuantType
+from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+from calibration.ranges import Ranges
+from runtime.contract import TensorSpec, check_contract
+from runtime.errors import ModelError, one_line
+
+FLOAT_LAYERS = ("vgg.vgg.0", "get_pred_4.pred.0", "refine_1.pred.pred.0")
+PREFIX, SUFFIX = "network.", ".weight"  # of a layer's weights in an export with uint8 inputs
+PRECISIONS = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16"}
+ONE_SCALE = ("MaxPool", "Resize")  # the result is on the scale of the input
+# The inputs are on one scale. ONNX Runtime refuses concatenations with Q/DQ in FP16; there Q stands behind them alone,
+# and TensorRT moves it through to the inputs.
+JOINS = {"fp32": ("Concat", "Add"), "fp16": ("Add",)}
+FP16_OPSET = 19  # the first in which Q and DQ have FP16 scales
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution: its name in the checkpoint, its node's, and its multiply-adds per image."""
+
+    name: str
+    node: str
+    macs: int
+
+
+class ExportedModel:
+    """An exported ICNet that can be quantised.
+
+    Args:
+        path: an .onnx file from `icnet export`, with uint8 inputs, in FP32 or FP16.
+
+    Attributes:
+        precision: "fp32" or "fp16".
+        layers: all convolutions, in order; `FLOAT_LAYERS` are among them.
+
+    Raises:
+        ModelError: it can't be read, is quantised already, or is not such a file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.model = _load(path)
+        graph = self.model.graph
+        if any("Quantize" in n.op_type or n.op_type.startswith("QLinear") for n in graph.node):
+            raise ModelError(f"{path}: is quantised already; calibrate the export that it was made from")
+        check_contract(path, [_spec(v) for v in graph.input], [_spec(v) for v in graph.output])
+        weights = {i.name: i for i in graph.initializer}
+        self.layers = _layers(self.model)
+        missing = {*FLOAT_LAYERS, "refine_1.merge_conv.0"} - {layer.name for layer in self.layers}
+        if missing or any(n.op_type == "Conv" and n.input[1] not in weights for n in graph.node):
+            raise ModelError(
+                f"{path}: not a graph that icnet export wrote: no layer {min(missing)}"
+                if missing
+                else f"{path}: not a graph that icnet export wrote: it has a convolution whose kernel is computed"
+            )
+        self._nodes = {n.name: n for n in graph.node}
+        self._producers = {o: n for n in graph.node for o in n.output}
+        self.precision = PRECISIONS[weights[f"{PREFIX}{FLOAT_LAYERS[0]}{SUFFIX}"].data_type]
+
+    @property
+    def candidates(self) -> tuple[Layer, ...]:
+        """The layers that can be int8."""
+        return tuple(layer for layer in self.layers if layer.name not in FLOAT_LAYERS)
+
+    def share(self, int8: Collection[str]) -> float:
+        """The share of these layers in the multiply-adds of all convolutions."""
+        return sum(x.macs for x in self.layers if x.name in int8) / sum(x.macs for x in self.layers)
+
+    def tensors(self, int8: Collection[str] | None = None) -> list[str]:
+        """Names of the activations that need a scale if these layers (None: all candidates) are int8."""
+        convolutions, others = self._selected(int8)
+        names = [n.input[0] for n in convolutions]
+        for node in others:
+            names += node.input[:1] if node.op_type in ONE_SCALE else node.input
+        inherited = {n.output[0] for n in others if n.op_type in ONE_SCALE}
+        return [name for name in dict.fromkeys(names) if name not in inherited]
+
+    def _selected(self, int8: Collection[str] | None) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
+        """The convolutions of these layers, and the other nodes before them that have Q/DQ on both sides."""
+        wanted = [x for x in self.candidates if int8 is None or x.name in int8]
+        convolutions = [self._nodes[layer.node] for layer in wanted]
+        others: dict[str, onnx.NodeProto] = {}
+
+        def visit(tensor: str) -> None:
+            node = self._producers.get(tensor)
+            if node is not None and node.op_type in (*ONE_SCALE, *JOINS[self.precision]):
+                others[node.name] = node
+                for source in node.input if node.op_type not in ONE_SCALE else ():
+                    if self._producers[source].op_type == "Resize":
+                        visit(source)
+
+        for convolution in convolutions:
+            visit(convolution.input[0])
+        return convolutions, list(others.values())
+
+    def quantised(self, ranges: Ranges, int8: Collection[str] | None = None) -> onnx.ModelProto:
+        """A copy with these layers (None: all candidates) in int8.
+
+        Args:
+            ranges: the limit of every tensor in `tensors(int8)`.
+            int8: names of layers.
+        """
+        convolutions, others = self._selected(int8)
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        if not convolutions:
+            return model
+        dtype = np.float16 if self.precision == "fp16" else np.float32
+        limits = {name: ranges[name] for name in self.tensors(int8)}
+        for node in others:
+            if node.op_type not in ONE_SCALE:
+                self._tie(limits, node)
+        data = {name: TensorData(lowest=dtype(-limit), highest=dtype(limit)) for name, limit in limits.items()}
+        if self.precision == "fp16":
+            del model.opset_import[:]
+            model.opset_import.append(make_opsetid("", FP16_OPSET))
+        selected = {n.name for n in (*convolutions, *others)}
+        quantizer = QDQQuantizer(
+            model,
+            per_channel=True,
+            reduce_range=False,
+            weight_qType=QuantType.QInt8,
+            activation_qType=QuantType.QInt8,
+            tensors_range=TensorsData(CalibrationMethod.MinMax, data),
+            nodes_to_quantize=sorted(selected),
+            nodes_to_exclude=[],
+            op_types_to_quantize=["Conv", *ONE_SCALE, *JOINS[self.precision]],
+            extra_options={
+                "ActivationSymmetric": True,
+                "WeightSymmetric": True,
+                "QuantizeBias": False,
+                "ForceQuantizeNoInputCheck": True,
+                "OpTypesToExcludeOutputQuantization": ["Conv", "Add"],
+            },
+        )
+        quantizer.quantize_model()
+        quantizer.model.topological_sort()
+        quantised: onnx.ModelProto = quantizer.model.model
+        _restore_floats(quantised, selected)
+        _strip(quantised, self.model)
+        return quantised
+
+    def _tie(self, limits: Ranges, node: onnx.NodeProto) -> None:
+        """Give what a concatenation or addition joins one limit, also before a resize."""
+        sources = [self._producers[name] for name in node.input]
+        tied = [n.input[0] if n.op_type == "Resize" else n.output[0] for n in sources]
+        if node.op_type == "Concat":
+            tied += node.output
+        limit = max(limits[name] for name in tied)
+        limits.update(dict.fromkeys(tied, limit))
+
+
+def int8_share(model: onnx.ModelProto) -> float:
+    """The share of multiply-adds in convolutions whose inputs and weights both come from a DQ."""
+    dequantised = {o for n in model.graph.node if n.op_type == "DequantizeLinear" for o in n.output}
+    int8 = {n.name for n in model.graph.node if n.op_type == "Conv" and {*n.input[:2]} <= dequantised}
+    layers = _layers(model)
+    return sum(layer.macs for layer in layers if layer.node in int8) / sum(layer.macs for layer in layers)
+
+
+def _restore_floats(model: onnx.ModelProto, selected: Collection[str]) -> None:
+    """Let every node that stays in floating point read tensors as they are.
+
+    Only residual additions read what went through Q/DQ: without it TensorRT can't fuse them with a convolution.
+    """
+    sources = {n.output[0]: n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")}
+    raw = {
+        name: sources[n.input[0]].input[0]
+        for name, n in sources.items()
+        if n.op_type == "DequantizeLinear" and n.input[0] in sources
+    }
+    for node in model.graph.node:
+        if node.name in selected or node.op_type in ("Add", "QuantizeLinear", "DequantizeLinear"):
+            continue
+        for i, name in enumerate(node.input):
+            node.input[i] = raw.get(name, name)
+
+
+def _strip(model: onnx.ModelProto, original: onnx.ModelProto) -> None:
+    """Take out what only tracing and the quantiser needed; of a narrow network it is a tenth of the file."""
+    del model.graph.value_info[:]
+    del model.metadata_props[:]
+    model.metadata_props.extend(original.metadata_props)
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.ClearField("doc_string")
+
+
+def _layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
+    shapes = _shapes_of_one_image(model)
+    weights = {i.name: i.dims for i in model.graph.initializer}
+    quantised = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    layers = []
+    for node in model.graph.node:
+        if node.op_type == "Conv":
+            weight = quantised.get(node.input[1], node.input[1])
+            name = weight.removesuffix("_quantized").removesuffix(SUFFIX).removeprefix(PREFIX)
+            batch, *outputs = shapes[node.output[0]]
+            # Shapes can't be followed through the sort, after which both polarities are one batch.
+            macs = (batch or 2) * int(np.prod(outputs)) * int(np.prod(weights[weight][1:]))
+            layers.append(Layer(name, node.name, macs))
+    return tuple(layers)
+
+
+def _shapes_of_one_image(model: onnx.ModelProto) -> dict[str, Sequence[int]]:
+    """The shape of every tensor in a group of one."""
+    single = onnx.ModelProto()
+    single.CopyFrom(model)
+    del single.graph.value_info[:]
+    for value in (*single.graph.input, *single.graph.output):
+        if value.type.tensor_type.shape.dim:
+            value.type.tensor_type.shape.dim[0].dim_value = 1
+    inferred = onnx.shape_inference.infer_shapes(single, data_prop=True)
+    return {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in inferred.graph.value_info}
+
+
+def _load(path: Path) -> onnx.ModelProto:
+    if not path.is_file():
+        raise ModelError(f"{path}: {'not a model file' if path.exists() else 'no such model file'}")
+    try:
+        return onnx.load(path)
+    except Exception as error:  # protobuf's and onnx's own
+        raise ModelError(f"{path}: not an ONNX model: {one_line(error)}") from error
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    dims: Iterable[int | str | None] = (
+        d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim
+    )
+    return TensorSpec(value.name, str(tensor_dtype_to_np_dtype(tensor.elem_type)), tuple(dims))

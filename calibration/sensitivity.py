@@ -1,0 +1,192 @@
+"""Which layers can't be int8: each one's cost in accuracy, and the fewest to keep in floating point for a budget.
+
+The cost of a layer is what S-measure and max F lose on a data set with ground truths when it alone is int8; of the two
+losses the larger counts. The costliest layers return to floating point, one after the other, until the model with all
+others in int8 is within the budget; then each is put back to int8 if the budget allows it.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from rich.table import Table
+
+from benchmarks.dataset import Dataset, evaluate
+from benchmarks.metrics import Metrics
+from calibration.graph import ExportedModel
+from calibration.ranges import Ranges
+from runtime.errors import InputError
+from runtime.predictor import Predictor
+
+LEAST_SHARE = 0.5  # of int8 convolution operations; a search that goes below has failed
+
+Score = Callable[[Path | onnx.ModelProto, str], Metrics]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model with some layers in floating point.
+
+    share: of convolution operations that are int8. s, max_f, max_e, mae: on the validation set. loss: the larger of
+    what S and max F lose against the model without int8.
+    """
+
+    float_layers: tuple[str, ...]
+    share: float
+    s: float
+    max_f: float
+    max_e: float
+    mae: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What a search found.
+
+    found: the model to use, which has a loss within the budget if `reached`. costs: per layer, the model in which it
+    alone is int8. path: the models tried, from all layers in int8 on.
+    """
+
+    budget: float
+    reached: bool
+    baseline: Point
+    found: Point
+    costs: dict[str, Point]
+    path: tuple[Point, ...]
+
+
+def scorer(dataset: Dataset, threads: int | None = None) -> Score:
+    """A function that scores a model on a data set."""
+
+    def score(model: Path | onnx.ModelProto, what: str) -> Metrics:
+        with tempfile.TemporaryDirectory() as folder:
+            path = model if isinstance(model, Path) else Path(folder) / "icnet.onnx"
+            if not isinstance(model, Path):
+                onnx.save(model, path)
+            with Predictor(path, threads=threads) as predictor:
+                return evaluate(dataset, predictor.predict_groups(dataset.inputs()))
+
+    return score
+
+
+def search(model: ExportedModel, ranges: Ranges, budget: float, score: Score) -> Decisions:
+    """Find the fewest layers to keep in floating point.
+
+    Args:
+        model: the model.
+        ranges: of all its `tensors()`.
+        budget: what S-measure and max F may lose, each.
+        score: scores a model; it is also told what it is for.
+    """
+    names = [layer.name for layer in model.candidates]
+    reference = score(model.path, "without int8")
+
+    def point(int8: Collection[str], what: str) -> Point:
+        m = score(model.quantised(ranges, int8), what)
+        rest = tuple(name for name in names if name not in int8)
+        loss = max(reference.s - m.s, reference.max_f - m.max_f)
+        return Point(rest, model.share(int8), m.s, m.max_f, m.max_e, m.mae, loss)
+
+    def without(layers: Collection[str]) -> Point:
+        return point([name for name in names if name not in layers], f"{len(layers)} layers in floating point")
+
+    baseline = Point(tuple(names), 0, reference.s, reference.max_f, reference.max_e, reference.mae, 0)
+    costs = {name: point([name], f"{name} alone") for name in names}
+    worst = sorted(names, key=lambda name: -costs[name].loss)
+    path = [without(())]
+    while path[-1].loss > budget and path[-1].share >= LEAST_SHARE and len(path) <= len(worst):
+        path.append(without(worst[: len(path)]))
+    found = min(path, key=lambda p: p.loss) if path[-1].loss > budget or path[-1].share < LEAST_SHARE else path[-1]
+    reached = found.loss <= budget and found.share >= LEAST_SHARE
+    # The layer that came last is needed: without it the budget was not met.
+    for name in worst[len(found.float_layers) - 2 :: -1] if reached and len(found.float_layers) > 1 else ():
+        fewer = without([other for other in found.float_layers if other != name])
+        path.append(fewer)
+        if fewer.loss <= budget:
+            found = fewer
+    return Decisions(budget, reached, baseline, found, costs, tuple(path))
+
+
+def read_decisions(path: Path, model: ExportedModel) -> list[str]:
+    """The layers that an earlier search keeps in floating point.
+
+    Raises:
+        InputError: not a file of decisions, or of a network with other layers.
+    """
+    try:
+        layers = json.loads(path.read_text(encoding="utf-8"))["float_layers"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not decisions that icnet calibrate --budget wrote") from error
+    known = {layer.name for layer in model.candidates}
+    if not isinstance(layers, list) or not {*map(str, layers)} <= known:
+        other = min({*map(str, layers)} - known, default="none") if isinstance(layers, list) else "none"
+        raise InputError(f"{path}: decisions about another network: {model.path} has no layer {other}")
+    return layers
+
+
+def record(decisions: Decisions, model: ExportedModel) -> dict[str, Any]:
+    """The decisions as they are written."""
+    return {
+        "budget": decisions.budget,
+        "reached": decisions.reached,
+        "float_layers": list(decisions.found.float_layers),
+        "without_int8": asdict(decisions.baseline),
+        "found": asdict(decisions.found),
+        "path": [asdict(p) for p in decisions.path],
+        "layers": {
+            name: {"share": model.share([name]), **{k: v for k, v in asdict(p).items() if k not in HIDDEN}}
+            for name, p in decisions.costs.items()
+        },
+    }
+
+
+HIDDEN = ("float_layers", "share")  # of a layer's own model, where they say nothing new
+
+
+def table(decisions: Decisions, model: ExportedModel, rows: int = 12) -> Table:
+    """The costliest layers and the outcome, for a terminal."""
+    grid = Table(title="What layers cost when they alone are int8")
+    grid.add_column("layer")
+    for column in ("operations", "S ↑", "max F ↑", "loss"):
+        grid.add_column(column, justify="right")
+
+    def add(label: str, share: float, p: Point) -> None:
+        grid.add_row(label, f"{share:.1%}", f"{p.s:.4f}", f"{p.max_f:.4f}", f"{p.loss:+.4f}")
+
+    add("without int8", 0, decisions.baseline)
+    ranked: Sequence[str] = sorted(decisions.costs, key=lambda name: -decisions.costs[name].loss)
+    for name in ranked[:rows]:
+        add(name, model.share([name]), decisions.costs[name])
+    if len(ranked) > rows:
+        grid.add_row(f"… {len(ranked) - rows} that cost less")
+    grid.add_section()
+    add("all int8", decisions.path[0].share, decisions.path[0])
+    kept = len(decisions.found.float_layers)
+    add(f"chosen: {kept} in floating point", decisions.found.share, decisions.found)
+    return grid
+
+
+def draw(decisions: Decisions, model: ExportedModel, path: Path) -> None:
+    """Accuracy against the share of int8 operations, and the layers' costs, as a picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    points = sorted([decisions.baseline, *decisions.path], key=lambda p: p.share)
+    for key, label in (("s", "S"), ("max_f", "max F")):
+        line = left.plot([100 * p.share for p in points], [getattr(p, key) for p in points], "o-", label=label)
+        limit = getattr(decisions.baseline, key) - decisions.budget
+        left.axhline(limit, linestyle=":", color=line[0].get_color())
+    left.axvline(100 * decisions.found.share, color="0.7", zorder=0)
+    left.set(xlabel="int8 convolution operations, %", title="accuracy; dotted: the budget")
+    left.legend()
+    costs = decisions.costs.items()
+    right.scatter([100 * model.share([n]) for n, _ in costs], [p.loss for _, p in costs], s=12)
+    right.axhline(0, color="0.7", zorder=0)
+    right.set(xlabel="a layer's share of the operations, %", title="loss when it alone is int8", xscale="log")
+    figure.savefig(path, dpi=120)
