@@ -14,7 +14,7 @@ from runtime.errors import DependencyError, ICNetError
 COMMANDS = {
     "predict": ("runtime.predict", "cpu", "co-saliency maps and contact sheets for folders of images"),
     "export": ("export.to_onnx", "cpu,export", "a checkpoint to ONNX, proved to compute what the paper's network does"),
-    "calibrate": ("calibration.calibrate", "cpu,export", "an exported model to INT8, within a budget of accuracy"),
+    "calibrate": ("calibration.calibrate", "cpu,calibrate", "an exported model to INT8, within a budget of accuracy"),
     "build": ("export.build_engine", "tensorrt", "an exported model to a TensorRT engine"),
     "evaluate": ("benchmarks.accuracy", "cpu,evaluate", "scores of models and ready maps on data sets"),
     "robustness": ("benchmarks.robustness", "cpu,train", "scores against the share of SISMs that are wrong"),

@@ -29,7 +29,7 @@ from benchmarks.metrics import Metrics
 from calibration.graph import ExportedModel, int8_share
 from calibration.groups import CalibrationSet, Feeds, open_groups
 from calibration.ranges import METHODS, PERCENTILE, Ranges, collect, read_cache, write_cache
-from calibration.sensitivity import Decisions, draw, read_decisions, record, scorer, search, table
+from calibration.sensitivity import CURVE, Decisions, draw, read_decisions, record, scorer, search, table
 from runtime import __version__
 from runtime.errors import DependencyError, InputError, OutputError
 from runtime.files import digest, replacing, same_file
@@ -37,7 +37,7 @@ from runtime.predict import BUILTIN, sism_folder
 from runtime.predictor import MAX_THREADS
 
 ENOUGH = 8  # groups; see the curve in the README
-DEFAULT_METHOD = "percentile"
+DEFAULT_METHOD = "entropy"
 NOT_REACHED = 1  # exit code: a model was written, but it loses more than the budget
 
 
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         ranges = _ranges(args, model, groups, progress)
         decisions: Decisions | None = None
         if validation is not None:
-            score, steps = scorer(validation, args.threads), len(int8) + 2
+            score, steps = scorer(validation, args.threads), len(int8) + 2 + len(CURVE)
             bar = progress.add_task("searching", total=steps)
 
             def tracked(candidate: Path | onnx.ModelProto, what: str) -> Metrics:
@@ -243,4 +243,4 @@ def _check(args: argparse.Namespace) -> None:
         try:
             import matplotlib  # noqa: F401
         except ImportError as error:
-            raise DependencyError("--plot needs matplotlib: pip install 'icnet-deploy[evaluate]'") from error
+            raise DependencyError("--plot needs matplotlib: pip install 'icnet-deploy[calibrate]'") from error

@@ -1,13 +1,18 @@
 """An exported ICNet with its convolutions in int8, by explicit Q/DQ.
 
-Where Q/DQ stand: at the input of every int8 convolution, and at its weights (stored as int8, a scale per output
-channel); never at a convolution's output or bias. So TensorRT fuses DQ, convolution, ReLU and the next layer's Q into
-one kernel, and a residual block's second convolution with the addition and the ReLU after it (the other side of the
-addition comes from a DQ). Max-pooling and resizing stay in int8, on the scale of their input. What a concatenation
-joins shares one scale with the result, and what an addition of two branches joins shares one scale.
+Q/DQ stand at the input of every int8 convolution and at its weights (stored as int8, a scale per output channel), never
+at its bias. Max-pooling and resizing stay in int8, on the scale of their input; what a concatenation joins shares one
+scale with the result, and what an addition of two branches joins shares one scale. The first convolution and the
+final 1×1 convolutions stay in floating point, and so does all of the correlation: norms, products, softmax, min–max,
+sort, and the 1×1 convolution that is a part of its products.
 
-The first convolution and the final 1×1 convolutions stay in floating point, and so does all of the correlation: norms,
-products, softmax, min–max, sort, and the 1×1 convolution that is a part of its products.
+The rest differs with the engine that a file is for:
+
+- FP16, for TensorRT: nothing at a convolution's output, so that DQ, convolution, ReLU and the next layer's Q become one
+  kernel; the other side of a residual addition comes from a DQ, so that the addition is fused as well.
+- FP32, for ONNX Runtime on a CPU: it runs a convolution in int8 only where Q follows at once. So Q/DQ on one scale also
+  stand between a convolution and its ReLU, which computes the same. And it turns int8 into uint8, which CPUs are fast
+  at, only where a single DQ reads a Q; so residual additions read their other side as it is.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -16,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto
-from onnx.helper import make_opsetid, tensor_dtype_to_np_dtype
+from onnx import TensorProto, numpy_helper
+from onnx.helper import make_attribute, make_opsetid, tensor_dtype_to_np_dtype
 from onnxruntime.quantization import QuantType
 from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -77,6 +82,11 @@ class ExportedModel:
             )
         self._nodes = {n.name: n for n in graph.node}
         self._producers = {o: n for n in graph.node for o in n.output}
+        self._readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in graph.node:
+            for name in node.input:
+                self._readers.setdefault(name, []).append(node)
+        self._shapes = _shapes_of_one_image(self.model)
         self.precision = PRECISIONS[weights[f"{PREFIX}{FLOAT_LAYERS[0]}{SUFFIX}"].data_type]
 
     @property
@@ -89,13 +99,17 @@ class ExportedModel:
         return sum(x.macs for x in self.layers if x.name in int8) / sum(x.macs for x in self.layers)
 
     def tensors(self, int8: Collection[str] | None = None) -> list[str]:
-        """Names of the activations that need a scale if these layers (None: all candidates) are int8."""
+        """Names of the activations whose range must be known if these layers (None: all candidates) are int8."""
         convolutions, others = self._selected(int8)
-        names = [n.input[0] for n in convolutions]
-        for node in others:
-            names += node.input[:1] if node.op_type in ONE_SCALE else node.input
-        inherited = {n.output[0] for n in others if n.op_type in ONE_SCALE}
-        return [name for name in dict.fromkeys(names) if name not in inherited]
+        rectified = [relu.output[0] for relu in self._relus(convolutions)]
+        return list(dict.fromkeys([*_scaled(convolutions, others), *rectified]))
+
+    def _relus(self, convolutions: Iterable[onnx.NodeProto]) -> list[onnx.NodeProto]:
+        """The ReLUs that alone read a convolution, if Q/DQ are to stand between the two."""
+        if self.precision != "fp32":
+            return []
+        readers = [self._readers[n.output[0]] for n in convolutions]
+        return [nodes[0] for nodes in readers if [n.op_type for n in nodes] == ["Relu"]]
 
     def _selected(self, int8: Collection[str] | None) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
         """The convolutions of these layers, and the other nodes before them that have Q/DQ on both sides."""
@@ -127,24 +141,49 @@ class ExportedModel:
         model.CopyFrom(self.model)
         if not convolutions:
             return model
-        dtype = np.float16 if self.precision == "fp16" else np.float32
-        limits = {name: ranges[name] for name in self.tensors(int8)}
+        limits = {name: ranges[name] for name in _scaled(convolutions, others)}
         for node in others:
             if node.op_type not in ONE_SCALE:
                 self._tie(limits, node)
-        data = {name: TensorData(lowest=dtype(-limit), highest=dtype(limit)) for name, limit in limits.items()}
+        selected = {n.name for n in (*convolutions, *others)}
+        relus = self._relus(convolutions)
+        for node in model.graph.node:
+            if node.name in selected and node.op_type == "Resize":
+                self._resize_by_factor(model, node)
+            if node.name in {relu.name for relu in relus} and node.output[0] in limits:
+                # ONNX Runtime has no ReLU of int8 to int8, but a leaky one, by table.
+                node.op_type = "LeakyRelu"
+                node.attribute.append(make_attribute("alpha", 0.0))
+        _drop_unread(model)
+        before = {relu.input[0]: limits.get(relu.output[0], ranges[relu.output[0]]) for relu in relus}
+        quantizer = self._quantizer(model, limits | before, selected)
+        for name in before:
+            quantizer.quantize_activation_tensor(name)
+        quantizer.quantize_model()
+        quantizer.model.topological_sort()
+        quantised: onnx.ModelProto = quantizer.model.model
+        keep = selected | {relu.name for relu in relus}
         if self.precision == "fp16":
+            keep |= {n.name for n in quantised.graph.node if n.op_type == "Add"}
+        _restore_floats(quantised, keep)
+        _strip(quantised, self.model)
+        return quantised
+
+    def _quantizer(self, model: onnx.ModelProto, limits: Ranges, nodes: Collection[str]) -> QDQQuantizer:
+        dtype: type[np.floating] = np.float32
+        if self.precision == "fp16":
+            dtype = np.float16
             del model.opset_import[:]
             model.opset_import.append(make_opsetid("", FP16_OPSET))
-        selected = {n.name for n in (*convolutions, *others)}
-        quantizer = QDQQuantizer(
+        data = {name: TensorData(lowest=dtype(-limit), highest=dtype(limit)) for name, limit in limits.items()}
+        return QDQQuantizer(
             model,
             per_channel=True,
             reduce_range=False,
             weight_qType=QuantType.QInt8,
             activation_qType=QuantType.QInt8,
             tensors_range=TensorsData(CalibrationMethod.MinMax, data),
-            nodes_to_quantize=sorted(selected),
+            nodes_to_quantize=sorted(nodes),
             nodes_to_exclude=[],
             op_types_to_quantize=["Conv", *ONE_SCALE, *JOINS[self.precision]],
             extra_options={
@@ -155,12 +194,16 @@ class ExportedModel:
                 "OpTypesToExcludeOutputQuantization": ["Conv", "Add"],
             },
         )
-        quantizer.quantize_model()
-        quantizer.model.topological_sort()
-        quantised: onnx.ModelProto = quantizer.model.model
-        _restore_floats(quantised, selected)
-        _strip(quantised, self.model)
-        return quantised
+
+    def _resize_by_factor(self, model: onnx.ModelProto, node: onnx.NodeProto) -> None:
+        """Let a resize take a factor for the size that it computes from its input's shape.
+
+        It is the same; but a shape that is read is a reason for ONNX Runtime not to fuse.
+        """
+        before, after = (self._shapes[name][-1] for name in (node.input[0], node.output[0]))
+        scales = np.array([1, 1, after / before, after / before], np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(scales, f"{node.name}_scales"))
+        node.input[:] = [node.input[0], "", f"{node.name}_scales"]
 
     def _tie(self, limits: Ranges, node: onnx.NodeProto) -> None:
         """Give what a concatenation or addition joins one limit, also before a resize."""
@@ -180,11 +223,30 @@ def int8_share(model: onnx.ModelProto) -> float:
     return sum(layer.macs for layer in layers if layer.node in int8) / sum(layer.macs for layer in layers)
 
 
-def _restore_floats(model: onnx.ModelProto, selected: Collection[str]) -> None:
-    """Let every node that stays in floating point read tensors as they are.
+def _scaled(convolutions: Iterable[onnx.NodeProto], others: Iterable[onnx.NodeProto]) -> list[str]:
+    """The tensors that get a scale of their own: not what is pooled or resized, which keeps that of the input."""
+    names = [n.input[0] for n in convolutions]
+    inherited = set()
+    for node in others:
+        names += node.input[:1] if node.op_type in ONE_SCALE else node.input
+        if node.op_type in ONE_SCALE:
+            inherited.add(node.output[0])
+    return [name for name in dict.fromkeys(names) if name not in inherited]
 
-    Only residual additions read what went through Q/DQ: without it TensorRT can't fuse them with a convolution.
-    """
+
+def _drop_unread(model: onnx.ModelProto) -> None:
+    """Take out the nodes whose results nobody reads."""
+    while True:
+        read = {name for n in model.graph.node for name in n.input} | {v.name for v in model.graph.output}
+        unread = [n for n in model.graph.node if not read & {*n.output}]
+        if not unread:
+            return
+        for node in unread:
+            model.graph.node.remove(node)
+
+
+def _restore_floats(model: onnx.ModelProto, keep: Collection[str]) -> None:
+    """Let every node but those in `keep` read tensors as they are, without Q/DQ."""
     sources = {n.output[0]: n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")}
     raw = {
         name: sources[n.input[0]].input[0]
@@ -192,10 +254,9 @@ def _restore_floats(model: onnx.ModelProto, selected: Collection[str]) -> None:
         if n.op_type == "DequantizeLinear" and n.input[0] in sources
     }
     for node in model.graph.node:
-        if node.name in selected or node.op_type in ("Add", "QuantizeLinear", "DequantizeLinear"):
-            continue
-        for i, name in enumerate(node.input):
-            node.input[i] = raw.get(name, name)
+        if node.name not in keep and node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            for i, name in enumerate(node.input):
+                node.input[i] = raw.get(name, name)
 
 
 def _strip(model: onnx.ModelProto, original: onnx.ModelProto) -> None:

@@ -22,6 +22,7 @@ from calibration.ranges import Ranges
 from runtime.errors import InputError
 from runtime.predictor import Predictor
 
+CURVE = (0.25, 0.5, 0.75)  # shares of int8 operations that the plot shows, at most
 LEAST_SHARE = 0.5  # of int8 convolution operations; a search that goes below has failed
 
 Score = Callable[[Path | onnx.ModelProto, str], Metrics]
@@ -49,7 +50,8 @@ class Decisions:
     """What a search found.
 
     found: the model to use, which has a loss within the budget if `reached`. costs: per layer, the model in which it
-    alone is int8. path: the models tried, from all layers in int8 on.
+    alone is int8. path: the models tried, from all layers in int8 on. curve: models with the layers that cost least in
+    int8, of growing share.
     """
 
     budget: float
@@ -58,6 +60,7 @@ class Decisions:
     found: Point
     costs: dict[str, Point]
     path: tuple[Point, ...]
+    curve: tuple[Point, ...]
 
 
 def scorer(dataset: Dataset, threads: int | None = None) -> Score:
@@ -109,7 +112,9 @@ def search(model: ExportedModel, ranges: Ranges, budget: float, score: Score) ->
         path.append(fewer)
         if fewer.loss <= budget:
             found = fewer
-    return Decisions(budget, reached, baseline, found, costs, tuple(path))
+    ends = [next((k for k in range(len(names)) if model.share(worst[k:]) <= share), 0) for share in CURVE]
+    curve = [without(worst[:k]) for k in ends]
+    return Decisions(budget, reached, baseline, found, costs, tuple(path), tuple(curve))
 
 
 def read_decisions(path: Path, model: ExportedModel) -> list[str]:
@@ -138,6 +143,7 @@ def record(decisions: Decisions, model: ExportedModel) -> dict[str, Any]:
         "without_int8": asdict(decisions.baseline),
         "found": asdict(decisions.found),
         "path": [asdict(p) for p in decisions.path],
+        "curve": [asdict(p) for p in decisions.curve],
         "layers": {
             name: {"share": model.share([name]), **{k: v for k, v in asdict(p).items() if k not in HIDDEN}}
             for name, p in decisions.costs.items()
@@ -177,7 +183,7 @@ def draw(decisions: Decisions, model: ExportedModel, path: Path) -> None:
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    points = sorted([decisions.baseline, *decisions.path], key=lambda p: p.share)
+    points = sorted([decisions.baseline, *decisions.curve, *decisions.path], key=lambda p: p.share)
     for key, label in (("s", "S"), ("max_f", "max F")):
         line = left.plot([100 * p.share for p in points], [getattr(p, key) for p in points], "o-", label=label)
         limit = getattr(decisions.baseline, key) - decisions.budget
