@@ -27,7 +27,7 @@ gpu-check: .venv/gpu  ## on a machine with a GPU: the tests that need one, and t
 	$(BIN)/pytest -m gpu
 	$(BIN)/icnet bench --device cuda $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)')
 
-weights: .venv/test  ## train the demo checkpoint again and measure it (needs npm and apt-get; an hour and a half)
+weights: .venv/test  ## train the demo checkpoint again and measure it (needs npm and apt-get; two hours)
 	$(MAKE) -C weights
 
 clean:
@@ -40,5 +40,5 @@ clean:
 	@touch $@
 
 .venv/demo: EXTRAS := cpu,opencv,export
-.venv/test: EXTRAS := cpu,opencv,export,evaluate,train,test
-.venv/gpu: EXTRAS := cpu,opencv,export,evaluate,train,test,gpu
+.venv/test: EXTRAS := cpu,opencv,export,evaluate,calibrate,train,test
+.venv/gpu: EXTRAS := cpu,opencv,export,evaluate,calibrate,train,test,gpu
