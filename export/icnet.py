@@ -11,8 +11,10 @@ along its algebra, without either:
 - reordering the rows of the self-correlation is reordering the columns of the features *before* the product;
 - the 1×1 convolution that follows is linear, so the product is associated in the cheaper order.
 
-In FP32 every cast below is none. With FP16 weights (`fp16.py`) convolutions and products run in FP16; norms, softmax,
-min–max, sort key and every ε stay in FP32, where FP16 overflows (‖F‖² of VGG features) or has no number (ε = 1e-12).
+In FP32 every cast below is none. With FP16 weights (`fp16.py`) convolutions and the products of RSCF run in FP16. What
+leads to the order of the pixels stays in FP32: norms, SIVs, correlation maps, softmax and min–max. FP16 overflows there
+(‖F‖² of VGG features), has no number (ε = 1e-12), and rounds cosines near 1 to steps of 5e-4: in a flat part of an
+image hundreds of pixels become equal and their order arbitrary, and a trained network's maps were off by up to 0.8.
 
 Shape comments: N images in the group, M SIVs in the bank (M = N for a group on its own), P = 2 polarities
 (foreground, background), C channels, HW = H·W pixels, K channels out of the 1×1 convolution.
@@ -123,7 +125,7 @@ class CorrelationFusion(nn.Module):
         """NMAP (§3.2, eq. 1): the single-image vectors.
 
         Args:
-            f: normalised features, [N, C, HW].
+            f: normalised features, FP32 [N, C, HW].
             sisms: [N, 1, 224, 224], in [0, 1], FP32.
 
         Returns:
@@ -131,20 +133,20 @@ class CorrelationFusion(nn.Module):
         """
         s = torch.cat([sisms, 1 - sisms], 1)  # [N, P, 224, 224]; a SISM of all 1 leaves an exact 0 to resize
         s = resize(s, self.size).flatten(2)  # [N, P, HW]
-        v = s.to(f.dtype) @ f.transpose(1, 2)  # [N, P, C]
-        return l2_normalise(at_least_fp32(v) / f.shape[2], 2)
+        v = s @ f.transpose(1, 2)  # [N, P, C]
+        return l2_normalise(v / f.shape[2], 2)
 
     def attention(self, f: Tensor, bank: Tensor) -> Tensor:
         """CFM (§3.3, eq. 2): the co-salient attention (CSA) of each image, given its group's SIVs.
 
         Args:
-            f: normalised features, [N, C, HW].
+            f: normalised features, FP32 [N, C, HW].
             bank: SIVs of the whole group, FP32 [M, P, C].
 
         Returns:
             FP32 [N, P, HW], each row in [0, 1].
         """
-        maps = bank.to(f.dtype).transpose(0, 1) @ f.unsqueeze(1)  # [P, M, C] @ [N, 1, C, HW] = [N, P, M, HW]
+        maps = bank.transpose(0, 1) @ f.unsqueeze(1)  # [P, M, C] @ [N, 1, C, HW] = [N, P, M, HW]
         maps = l2_normalise(maps, 3)
         # Σ_k ⟨c_m, c_k⟩ = ⟨c_m, Σ_k c_k⟩: no M×M matrix per image.
         agreement = maps @ maps.sum(2).unsqueeze(3)  # [N, P, M, HW] @ [N, P, HW, 1] = [N, P, M, 1]
@@ -155,7 +157,7 @@ class CorrelationFusion(nn.Module):
         """RSCF (§3.4) through its 1×1 convolution: W·(rows of fᵀf, by CSA, highest first)·CSA + b.
 
         Args:
-            f: normalised features, [N, C, HW].
+            f: normalised features, FP32 [N, C, HW]; multiplied in the precision of the weights.
             csa: FP32 [N, P, HW].
 
         Returns:
@@ -164,10 +166,11 @@ class CorrelationFusion(nn.Module):
         images, channels, pixels = f.shape
         order = csa.argsort(-1, descending=True)  # [N, P, HW]
         first_row = torch.arange(images, device=f.device).view(-1, 1, 1) * pixels  # [N, 1, 1]
+        weight, bias = self.conv[0].parameters()  # [K, HW, 1, 1], [K]
+        f = f.to(weight.dtype)
         rows = f.transpose(1, 2).reshape(-1, channels)  # [N·HW, C]
         f_sorted = rows.index_select(0, (order + first_row).flatten())  # [N·P·HW, C]
         f_sorted = f_sorted.view(-1, 2, pixels, channels)  # [N, P, HW, C], which is f_sortedᵀ
-        weight, bias = self.conv[0].parameters()  # [K, HW, 1, 1], [K]
         w = weight.flatten(1)  # [K, HW]
         f = f.unsqueeze(1)  # [N, 1, C, HW]
         x = (w @ f_sorted) @ f if self.weights_first else w @ (f_sorted @ f)  # [N, P, K, HW]
@@ -176,7 +179,7 @@ class CorrelationFusion(nn.Module):
 
     def forward(self, features: Tensor, sisms: Tensor) -> Tensor:
         """[N, C, H, W], [N, 1, 224, 224] → [N, P·K, H, W]: foreground channels, then background channels."""
-        f = l2_normalise(features.flatten(2), 1).to(features.dtype)  # [N, C, HW], shared by both polarities
+        f = l2_normalise(features.flatten(2), 1)  # FP32 [N, C, HW], shared by both polarities
         csa = self.attention(f, self.sivs(f, sisms))  # [N, P, HW]
         x = self.rscf(f, csa).unflatten(3, (self.size, self.size))  # [N, P, K, H, W]
         residual = self.conv[1]

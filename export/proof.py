@@ -15,10 +15,11 @@ three levels in single pixels) pass in any case, because the floor of a network 
 zero.
 
 An FP16 file is no draw from that distribution: it keeps 11 bits where FP32 keeps 24. Its floor is the oracle that
-rounds its weights, and the output of every convolution, to 11 bits, against the plain oracle in FP32. Both roundings of
-one formula at one place, the file's e is one floor, and the oracle's own e is nothing beside it; so the mean may be
-twice the floor. In 9 measurements (3 networks, by PyTorch and by ONNX Runtime) it was 0.9 to 1.3 floors. The rounding
-leaves the range alone: a file whose activations overflow FP16 has no such excuse.
+rounds its weights, and what goes into and comes out of every convolution, to 11 bits, against the plain oracle in FP32.
+The oracle's own e is nothing beside it; but the file rounds at more places, within the products of RSCF. The mean was
+0.7 to 2.0 floors (5 networks, two of them trained, by PyTorch and by ONNX Runtime), so it may be three. A file that
+computed the order of the pixels in FP16 was 29 floors away, on a trained network; on random ones it did not show. The
+rounding leaves the range alone: a file whose activations overflow FP16 has no such excuse.
 """
 
 import math
@@ -39,7 +40,7 @@ from export.reference import ReferenceICNet
 from export.samples import Sample, samples
 from runtime.errors import ModelError
 
-ALLOWED_FLOORS = {"fp32": 4.0, "fp16": 2.0}
+ALLOWED_FLOORS = {"fp32": 4.0, "fp16": 3.0}
 NEGLIGIBLE_MEAN = 1e-4
 NEGLIGIBLE_MAX = 1e-2
 
@@ -105,12 +106,13 @@ def compare(
 
 
 def _rounding(network: ICNet) -> ICNet:
-    """The network with its convolutions' weights and outputs rounded to the 11 bits of FP16, in place."""
+    """The network with its convolutions' weights, inputs and outputs rounded to the 11 bits of FP16, in place."""
     fold_batch_norms(network)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             for parameter in module.parameters():
                 parameter.data = round_to_half(parameter.data)
+            module.register_forward_pre_hook(lambda _module, inputs: tuple(map(round_to_half, inputs)))
             module.register_forward_hook(lambda _module, _inputs, output: round_to_half(output))
     return network
 

@@ -138,7 +138,7 @@ def test_the_bound_follows_the_floor():
     noisy = Difference("all", max=0.0, mean=0.0, floor_max=0.02, floor_mean=0.003)
     assert allowed(noisy) == pytest.approx((0.08, 0.012))
     quiet = Difference("all", max=0.0, mean=0.0, floor_max=0.0, floor_mean=0.0)
-    assert allowed(noisy, "fp16") == pytest.approx((0.04, 0.006))
+    assert allowed(noisy, "fp16") == pytest.approx((0.06, 0.009))
     assert allowed(quiet) == allowed(quiet, "fp16") == (1e-2, 1e-4)  # what no 8-bit map can show passes
 
 

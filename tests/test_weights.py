@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import DATA
 
 from benchmarks.dataset import evaluate, find_dataset
 from benchmarks.metrics import Metrics
 from export.checkpoint import load_checkpoint
 from export.fp16 import half_precision
+from export.icnet import Uint8Interface
+from export.samples import smooth_group
 from export.to_onnx import write_onnx
 from runtime import Predictor
 
@@ -64,3 +67,12 @@ def test_the_scores_in_the_documents_are_those_that_were_measured(document):
         assert "| " + " | ".join(f"{row[metric]:.3f}" for metric in METRICS) + " |" in text, row["name"]
     blind = json.loads((WEIGHTS / "robustness.json").read_text())["scores"]["fp32.onnx, SISM = 1"][0]
     assert "| " + " | ".join(f"{blind[metric]:.3f}" for metric in METRICS) + " |" in text
+
+
+def test_half_precision_keeps_the_order_of_the_pixels():
+    """In a flat part of an image the correlation maps differ by less than FP16 can tell."""
+    network, group = load_checkpoint(CHECKPOINT), smooth_group(5, seed=0)
+    images, sisms = torch.from_numpy(group.images), torch.from_numpy(group.sisms)
+    with torch.inference_mode():
+        maps = [Uint8Interface(n)(images, sisms) for n in (network, half_precision(network))]
+    assert (maps[0] - maps[1]).abs().mean() < 1e-3

@@ -169,7 +169,7 @@ class AttentionLoss:
         """The loss of the forward pass before this call; `truth` as for `iou_loss`."""
         ious = []
         for module, features, sisms in self._seen:
-            f = l2_normalise(features.flatten(2), 1).to(features.dtype)  # [N, C, HW]
+            f = l2_normalise(features.flatten(2), 1)  # [N, C, HW]
             expected = F.interpolate(truth, (module.size, module.size), mode="area")
             for marked in (sisms, truth):
                 csa = module.attention(f, module.sivs(f, marked))[:, :1]  # [N, 1, HW]
