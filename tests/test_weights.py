@@ -41,8 +41,8 @@ def test_it_is_small():
 
 
 def test_its_maps_are_better_than_the_sisms_that_it_is_given(scores):
-    assert scores["fp32"].mae < 0.6 * scores["sisms"].mae
-    assert scores["fp32"].max_f > scores["sisms"].max_f + 0.02
+    assert scores["fp32"].mae < 0.55 * scores["sisms"].mae
+    assert scores["fp32"].max_f > scores["sisms"].max_f + 0.05
     assert scores["fp32"].s > scores["sisms"].s
 
 
