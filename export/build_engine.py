@@ -39,7 +39,16 @@ from export.tensorrt_api import (
     use_timing_cache,
 )
 from runtime import __version__
-from runtime.contract import FLOAT_INPUTS, FLOAT_OUTPUTS, INPUTS, TensorSpec, check_contract
+from runtime.contract import (
+    BANK,
+    ENGINE_NAME,
+    FLOAT_INPUTS,
+    FLOAT_OUTPUTS,
+    INPUTS,
+    WEIGHTS,
+    TensorSpec,
+    check_contract,
+)
 from runtime.errors import InputError, ModelError, OutputError, one_line
 from runtime.files import remove, replacing, same_file
 
@@ -75,6 +84,7 @@ class Options:
         hardware_compatible: an engine for every GPU from Ampere on, not only for this one.
         compute_capabilities: "8.6" and the like, the GPUs to build for; empty for TensorRT's default. RTX only.
         inspect: keep what the engine's layers are in the engine, and list them.
+        bank: the sizes of bank that the engine of a bank export takes, in every profile.
     """
 
     workspace: int | None = None
@@ -83,6 +93,7 @@ class Options:
     hardware_compatible: bool = False
     compute_capabilities: tuple[str, ...] = ()
     inspect: bool = False
+    bank: Profile | None = None
 
 
 def build_engine(
@@ -123,8 +134,12 @@ def build_engine(
     logger = make_logger(trt)
     builder, network, _parser = parse(trt, logger, onnx_path, data)
     _check_profiles(onnx_path, _group_size(onnx_path, *tensors(network)), profiles)
+    _check_bank(onnx_path, tensors(network)[0], options)
     config = _configure(trt, builder, network, profiles, options)
     model = _load_onnx(onnx_path, data)
+    metadata = None if model is None else {p.key: p.value for p in model.metadata_props}
+    if metadata and WEIGHTS in metadata:
+        network.name = ENGINE_NAME + metadata[WEIGHTS]  # an engine carries this, and nothing else of ours
 
     sidecar = output.with_name(output.name + ".json")
     with ExitStack() as files:
@@ -147,7 +162,7 @@ def build_engine(
             "engine_sha256": hashlib.sha256(plan).hexdigest(),
             "onnx": onnx_path.name,
             "onnx_sha256": hashlib.sha256(data).hexdigest(),
-            "onnx_metadata": None if model is None else {p.key: p.value for p in model.metadata_props},
+            "onnx_metadata": metadata,
             "tensorrt": trt.__name__,
             "tensorrt_version": trt.__version__,
             "gpu": gpu(),
@@ -184,8 +199,10 @@ def trtexec_commands(
             if len(profiles) > 1:
                 arguments.append(f"--profile={i}")
             for name, n in asdict(profile).items():
-                shapes = (f"{spec.name}:{'x'.join(map(str, (n, *spec.sizes)))}" for spec in inputs)
-                arguments.append(f"--{name}Shapes={','.join(shapes)}")
+                lengths = [getattr(options.bank, name) if spec.name == BANK.name else n for spec in inputs]
+                shapes = zip(inputs, lengths, strict=True)
+                texts = (f"{spec.name}:{'x'.join(map(str, (length, *spec.sizes)))}" for spec, length in shapes)
+                arguments.append(f"--{name}Shapes={','.join(texts)}")
     flags = {
         f"--memPoolSize=workspace:{options.workspace}": options.workspace,
         f"--timingCacheFile={options.timing_cache}": options.timing_cache,
@@ -224,7 +241,7 @@ def _group_size(path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[Tens
     """The fixed group size of an exported model of either interface, or None. Raises ModelError for other models."""
     expected, found = (*FLOAT_INPUTS, *FLOAT_OUTPUTS), (*inputs, *outputs)
     if len(found) != len(expected) or not all(any(e.accepts(f) for f in found) for e in expected):
-        return check_contract(path, inputs, outputs)
+        return check_contract(path, inputs, outputs).size
     n = inputs[0].shape[0]
     return n if isinstance(n, int) else None
 
@@ -238,12 +255,21 @@ def _check_profiles(path: Path, size: int | None, profiles: Sequence[Profile]) -
             )
 
 
+def _check_bank(path: Path, inputs: Sequence[TensorSpec], options: Options) -> None:
+    takes_bank = any(spec.name == BANK.name for spec in inputs)
+    if takes_bank and options.bank is None:
+        raise InputError(f"{path}: takes a bank, whose sizes are missing: give --max-bank")
+    if options.bank is not None and not takes_bank:
+        raise InputError(f"--max-bank: {path} takes no bank; the file for it is NAME.banked.onnx of a bank export")
+
+
 def _configure(trt: Any, builder: Any, network: Any, profiles: Sequence[Profile], options: Options) -> Any:
     config = builder.create_builder_config()
     for profile in profiles:
         shapes = builder.create_optimization_profile()
         for tensor in (network.get_input(i) for i in range(network.num_inputs)):
-            shapes.set_shape(tensor.name, *((n, *tuple(tensor.shape)[1:]) for n in asdict(profile).values()))
+            lengths = options.bank if tensor.name == BANK.name and options.bank else profile
+            shapes.set_shape(tensor.name, *((n, *tuple(tensor.shape)[1:]) for n in asdict(lengths).values()))
         config.add_optimization_profile(shapes)
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace << 20)
@@ -299,6 +325,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min", type=int, help="smallest group (default 1)")
     add("--opt", type=int, help="group size to tune for (default 5)")
     add("--max", type=int, help="largest group")
+    add("--max-bank", type=int, help="of a bank export's NAME.banked.onnx: most images in a bank")
+    add("--min-bank", type=int, help="fewest (default 1)")
+    add("--opt-bank", type=int, help="to tune for (default 20)")
     add("--profile", action="append", metavar="MIN:OPT:MAX", help="instead of these three; repeat it for more ranges")
     add("--timing-cache", type=Path, metavar="FILE", help="timings of earlier builds, read and updated (idle in RTX)")
     add("--workspace", type=int, metavar="MIB", help="most scratch memory; default: all of the GPU's")
@@ -319,10 +348,12 @@ def run(args: argparse.Namespace) -> int:
         hardware_compatible=args.hardware_compatible,
         compute_capabilities=tuple(dict.fromkeys(args.compute_capability)),
         inspect=args.inspect,
+        bank=_bank(args),
     )
     if args.trtexec:
         inputs, size, known = _onnx_inputs(args.onnx)
         _check_profiles(args.onnx, size, profiles)
+        _check_bank(args.onnx, inputs, options)
         if not known:
             print("# assuming uint8 inputs: onnx is not installed, so the model was not read")
         for version, command in trtexec_commands(args.onnx, args.output, profiles, options, inputs).items():
@@ -336,17 +367,29 @@ def run(args: argparse.Namespace) -> int:
     if record["timing_cache"] == "refused":
         print(f"{args.timing_cache}: not a timing cache of this TensorRT and GPU; replaced by a fresh one")
     size = args.output.stat().st_size / 1e6
-    sizes = ", ".join(map(str, profiles))
+    sizes = ", ".join(map(str, profiles)) + (f", banks of {options.bank}" if options.bank else "")
     print(f"{args.output}: {size:.1f} MB, {record['tensorrt']} {record['tensorrt_version']}, groups of {sizes}")
     return 0
+
+
+def _range(low: int | None, best: int | None, high: int, default: int) -> Profile:
+    low = 1 if low is None else low
+    return Profile(low, max(low, min(default, high)) if best is None else best, high)
+
+
+def _bank(args: argparse.Namespace) -> Profile | None:
+    if args.max_bank is not None:
+        return _range(args.min_bank, args.opt_bank, args.max_bank, 20)
+    if (args.min_bank, args.opt_bank) != (None, None):
+        raise InputError("sizes of the bank are missing: give --max-bank")
+    return None
 
 
 def _profiles(args: argparse.Namespace) -> list[Profile]:
     if not args.profile:
         if args.max is None:
             raise InputError("group sizes are missing: give --max, or --profile MIN:OPT:MAX")
-        low = 1 if args.min is None else args.min
-        return [Profile(low, max(low, min(5, args.max)) if args.opt is None else args.opt, args.max)]
+        return [_range(args.min, args.opt, args.max, 5)]
     if (args.min, args.opt, args.max) != (None, None, None):
         raise InputError("--profile takes the place of --min, --opt and --max: give one or the other")
     texts = [text.split(":") for text in args.profile]

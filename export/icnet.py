@@ -16,8 +16,12 @@ leads to the order of the pixels stays in FP32: norms, SIVs, correlation maps, s
 (‖F‖² of VGG features), has no number (ε = 1e-12), and rounds cosines near 1 to steps of 5e-4: in a flat part of an
 image hundreds of pixels become equal and their order arbitrary, and a trained network's maps were off by up to 0.8.
 
-Shape comments: N images in the group, M SIVs in the bank (M = N for a group on its own), P = 2 polarities
-(foreground, background), C channels, HW = H·W pixels, K channels out of the 1×1 convolution.
+All that an image needs of its group is the group's SIVs. So `ICNet` computes a group by itself; or, given a *bank* of
+SIVs, each image on its own; or several groups in one batch, if each image is told which SIVs are its own group's.
+
+Shape comments: N images in the batch, M SIVs in the bank (M = N for a group on its own), P = 2 polarities
+(foreground, background), C channels, HW = H·W pixels, K channels out of the 1×1 convolution, S = 1280·width numbers in
+the SIVs of one image.
 """
 
 import torch
@@ -29,6 +33,8 @@ EPS = 1e-12  # keeps every division finite; FP32 only, it is zero in FP16
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, RGB
 STD = (0.229, 0.224, 0.225)
 WIDTH_STEPS = 32  # channels of the narrowest layer at width 1
+SIVS_PER_WIDTH = 1280  # numbers in the SIVs of one image at width 1: 2 polarities, 128 + 256 + 256 channels
+FOREIGN = -1e9  # agreement of another group's map: e to this power is 0 beside any agreement of one's own
 
 
 def resize(x: Tensor, size: int) -> Tensor:
@@ -114,12 +120,17 @@ class CorrelationFusion(nn.Module):
 
     def __init__(self, channels: int, out: int, size: int) -> None:
         super().__init__()
+        self.channels = channels
         self.size = size
         pixels = size * size
         self.conv = nn.Sequential(nn.Conv2d(pixels, out, 1), Residual(out))
         # Multiplications of W·(f_sortedᵀ·f) against (W·f_sortedᵀ)·f, per image and polarity:
         # HW²·(C + K) against 2·K·C·HW.
         self.weights_first = 2 * out * channels < pixels * (channels + out)
+
+    def normalise(self, features: Tensor) -> Tensor:
+        """[N, C, H, W] → f, FP32 [N, C, HW]: unit vectors at every pixel, shared by both polarities."""
+        return l2_normalise(features.flatten(2), 1)
 
     def sivs(self, f: Tensor, sisms: Tensor) -> Tensor:
         """NMAP (§3.2, eq. 1): the single-image vectors.
@@ -136,20 +147,26 @@ class CorrelationFusion(nn.Module):
         v = s @ f.transpose(1, 2)  # [N, P, C]
         return l2_normalise(v / f.shape[2], 2)
 
-    def attention(self, f: Tensor, bank: Tensor) -> Tensor:
+    def attention(self, f: Tensor, bank: Tensor, own: Tensor | None = None) -> Tensor:
         """CFM (§3.3, eq. 2): the co-salient attention (CSA) of each image, given its group's SIVs.
 
         Args:
             f: normalised features, FP32 [N, C, HW].
             bank: SIVs of the whole group, FP32 [M, P, C].
+            own: bool [N, M], which SIVs of the bank belong to an image's group, one at least; None for all.
 
         Returns:
             FP32 [N, P, HW], each row in [0, 1].
         """
         maps = bank.transpose(0, 1) @ f.unsqueeze(1)  # [P, M, C] @ [N, 1, C, HW] = [N, P, M, HW]
         maps = l2_normalise(maps, 3)
+        if own is not None:
+            own = own.view(-1, 1, bank.shape[0], 1)  # [N, 1, M, 1]
+            maps = torch.where(own, maps, 0.0)  # not "maps * own": nothing of another group gets through, not even NaN
         # Σ_k ⟨c_m, c_k⟩ = ⟨c_m, Σ_k c_k⟩: no M×M matrix per image.
         agreement = maps @ maps.sum(2).unsqueeze(3)  # [N, P, M, HW] @ [N, P, HW, 1] = [N, P, M, 1]
+        if own is not None:
+            agreement = torch.where(own, agreement, FOREIGN)
         weights = agreement.softmax(2).transpose(2, 3)  # [N, P, 1, M]
         return min_max((weights @ maps).squeeze(2))  # [N, P, HW]
 
@@ -177,10 +194,13 @@ class CorrelationFusion(nn.Module):
         # CSA is one number per pixel, the same for every channel: it commutes with the 1×1 convolution.
         return x * csa.to(x.dtype).unsqueeze(2) + bias.view(-1, 1)
 
-    def forward(self, features: Tensor, sisms: Tensor) -> Tensor:
-        """[N, C, H, W], [N, 1, 224, 224] → [N, P·K, H, W]: foreground channels, then background channels."""
-        f = l2_normalise(features.flatten(2), 1)  # FP32 [N, C, HW], shared by both polarities
-        csa = self.attention(f, self.sivs(f, sisms))  # [N, P, HW]
+    def forward(self, features: Tensor, sisms: Tensor, bank: Tensor | None = None, own: Tensor | None = None) -> Tensor:
+        """[N, C, H, W], [N, 1, 224, 224] → [N, P·K, H, W]: foreground channels, then background channels.
+
+        `bank` and `own` are as for `attention`; without a bank the images' own SIVs are the bank.
+        """
+        f = self.normalise(features)  # FP32 [N, C, HW]
+        csa = self.attention(f, self.sivs(f, sisms) if bank is None else bank, own)  # [N, P, HW]
         x = self.rscf(f, csa).unflatten(3, (self.size, self.size))  # [N, P, K, H, W]
         residual = self.conv[1]
         if self.training:  # the paper runs the polarities one after the other: each has its own batch statistics
@@ -196,9 +216,9 @@ class CoSaliency(nn.Module):
         self.cosal_feat = CorrelationFusion(channels, out, size)
         self.conv = nn.Sequential(nn.Conv2d(2 * out, out, 1), Residual(out))
 
-    def forward(self, features: Tensor, sisms: Tensor) -> Tensor:
-        """[N, C, H, W], [N, 1, 224, 224] → [N, K, H, W]."""
-        return self.conv(self.cosal_feat(features, sisms))
+    def forward(self, features: Tensor, sisms: Tensor, bank: Tensor | None = None, own: Tensor | None = None) -> Tensor:
+        """[N, C, H, W], [N, 1, 224, 224] → [N, K, H, W]; `bank` and `own` as for `CorrelationFusion.attention`."""
+        return self.conv(self.cosal_feat(features, sisms, bank=bank, own=own))
 
 
 class Prediction(nn.Module):
@@ -284,22 +304,29 @@ class ICNet(nn.Module):
 
         self.apply(_he_init)
 
-    def forward(self, images: Tensor, sisms: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, sisms: Tensor, bank: Tensor | None = None, own: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
         """Co-saliency maps of one group.
 
         Args:
             images: [N, 3, 224, 224], RGB, ImageNet-normalised; N ≥ 1, all of one group.
             sisms: [N, 1, 224, 224], in [0, 1].
+            bank: SIVs from `sivs`, FP32 [M, S], M ≥ 1; then the images are computed each on its own, as members of
+                the group that these SIVs are of. None: the images' own SIVs.
+            own: bool [N, M], which SIVs belong to an image's group, one at least; None for all.
 
         Returns:
             In evaluation mode map_1, [N, 1, 224, 224] in [0, 1]. In training mode (map_4, map_3, map_2, map_1), with
             sides 28, 56, 112 and 224.
         """
-        precision = self.conv5_cmprs.weight.dtype
-        conv1_2, conv2_2, conv3_3, conv4_3, conv5_3 = self.vgg(images.to(precision))
-        co6 = self.Co6(self.conv6_cmprs(conv5_3), sisms)  # [N, 128, 7, 7]
-        co5 = self.Co5(self.conv5_cmprs(conv5_3), sisms)  # [N, 128, 14, 14]
-        co4 = self.Co4(self.conv4_cmprs(conv4_3), sisms)  # [N, 128, 28, 28]
+        conv1_2, conv2_2, conv3_3, *deep = self.vgg(images.to(self.conv5_cmprs.weight.dtype))
+        co_salient = []
+        banks = [None] * 3 if bank is None else self._split(bank)
+        for (module, features), rows in zip(self._levels(*deep), banks, strict=True):
+            given = {} if rows is None and own is None else {"bank": rows, "own": own}
+            co_salient.append(module(features, sisms, **given))
+        co6, co5, co4 = co_salient  # [N, 128, 7, 7], [N, 128, 14, 14], [N, 128, 28, 28]
 
         feat_56 = self.merge_co_56(co5 + resize(co6, 14))  # [N, 128, 14, 14]
         feat_45 = self.merge_co_45(co4 + resize(feat_56, 28))  # [N, 32, 28, 28]
@@ -312,6 +339,37 @@ class ICNet(nn.Module):
         if not self.training:
             return at_least_fp32(map_1)
         return map_4, self.refine_3.pred(feat_3), self.refine_2.pred(feat_2), map_1
+
+    def sivs(self, images: Tensor, sisms: Tensor) -> Tensor:
+        """The single-image vectors of each image, all that others of its group need of it.
+
+        Args:
+            images: [N, 3, 224, 224], RGB, ImageNet-normalised.
+            sisms: [N, 1, 224, 224], in [0, 1].
+
+        Returns:
+            FP32 [N, S], S = 1280·width: per level (Co6, Co5, Co4) the foreground's unit vector, then the background's,
+            of 128, 256 and 256 numbers times the width.
+        """
+        *_, conv4_3, conv5_3 = self.vgg(images.to(self.conv5_cmprs.weight.dtype))
+        found = []
+        for module, features in self._levels(conv4_3, conv5_3):
+            fusion = module.cosal_feat
+            found.append(fusion.sivs(fusion.normalise(features), sisms).flatten(1))  # [N, P·C]
+        return torch.cat(found, 1)
+
+    def _levels(self, conv4_3: Tensor, conv5_3: Tensor) -> list[tuple[CoSaliency, Tensor]]:
+        """The co-saliency modules and their features: [N, 128, 7, 7], [N, 256, 14, 14], [N, 256, 28, 28]."""
+        return [
+            (self.Co6, self.conv6_cmprs(conv5_3)),
+            (self.Co5, self.conv5_cmprs(conv5_3)),
+            (self.Co4, self.conv4_cmprs(conv4_3)),
+        ]
+
+    def _split(self, bank: Tensor) -> list[Tensor]:
+        """[M, S] → [M, P, C] per level."""
+        channels = [module.cosal_feat.channels for module in (self.Co6, self.Co5, self.Co4)]
+        return [level.unflatten(1, (2, -1)) for level in bank.split([2 * c for c in channels], 1)]
 
 
 class Uint8Interface(nn.Module):
@@ -333,9 +391,37 @@ class Uint8Interface(nn.Module):
         s = sisms.to(self.mean.dtype).unsqueeze(1) / 255  # [N, 1, 224, 224]
         return (x - self.mean) / self.std, s
 
+    def forward(self, images: Tensor, sisms: Tensor, bank: Tensor | None = None, own: Tensor | None = None) -> Tensor:
+        """uint8 [N, 224, 224, 3], uint8 [N, 224, 224] → float32 [N, 224, 224]; `bank` and `own` as for `ICNet`."""
+        given = {} if bank is None and own is None else {"bank": bank, "own": own}
+        return self.network(*self.normalise(images, sisms), **given).squeeze(1)
+
+
+class Packed(nn.Module):
+    """Many groups in one batch."""
+
+    def __init__(self, network: ICNet) -> None:
+        super().__init__()
+        self.interface = Uint8Interface(network)
+
+    def forward(self, images: Tensor, sisms: Tensor, groups: Tensor) -> Tensor:
+        """uint8 [N, 224, 224, 3], uint8 [N, 224, 224], int32 [N] → float32 [N, 224, 224].
+
+        Images with the same number in `groups`, any number, wherever they stand, are one group.
+        """
+        return self.interface(images, sisms, own=groups.unsqueeze(1) == groups.unsqueeze(0))
+
+
+class Intra(nn.Module):
+    """Images to SIVs: the rows of a bank."""
+
+    def __init__(self, network: ICNet) -> None:
+        super().__init__()
+        self.interface = Uint8Interface(network)
+
     def forward(self, images: Tensor, sisms: Tensor) -> Tensor:
-        """uint8 [N, 224, 224, 3], uint8 [N, 224, 224] → float32 [N, 224, 224]."""
-        return self.network(*self.normalise(images, sisms)).squeeze(1)
+        """uint8 [N, 224, 224, 3], uint8 [N, 224, 224] → float32 [N, S], see `ICNet.sivs`."""
+        return self.interface.network.sivs(*self.interface.normalise(images, sisms))
 
 
 def _he_init(module: nn.Module) -> None:

@@ -20,11 +20,15 @@ The oracle's own e is nothing beside it; but the file rounds at more places, wit
 0.7 to 2.0 floors (5 networks, two of them trained, by PyTorch and by ONNX Runtime), so it may be three. A file that
 computed the order of the pixels in FP16 was 29 floors away, on a trained network; on random ones it did not show. The
 rounding leaves the range alone: a file whose activations overflow FP16 has no such excuse.
+
+The oracle takes one group at a time. A packed file gets two at once, their images mixed; the two files of a bank export
+get a group in two chunks, with the SIVs of both as the bank. The maps must be those of the oracle, group by group.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +39,7 @@ from rich.table import Table
 from torch import nn
 
 from export.fp16 import fold_batch_norms, round_to_half
-from export.icnet import ICNet, Uint8Interface
+from export.icnet import WIDTH_STEPS, ICNet, Uint8Interface
 from export.reference import ReferenceICNet
 from export.samples import Sample, samples
 from runtime.errors import ModelError
@@ -63,6 +67,7 @@ def compare(
     precision: str = "fp32",
     groups: Sequence[Sample] | None = None,
     step: Callable[[], object] = lambda: None,
+    intra: Path | None = None,
 ) -> list[Difference]:
     """Run a file in ONNX Runtime beside the oracle with the network's weights.
 
@@ -73,36 +78,69 @@ def compare(
         precision: "fp32" or "fp16"; decides what the noise floor is.
         groups: what to compare on; None for `samples()`.
         step: called after every group.
+        intra: the file that makes the banks of a "banked" one.
 
     Returns:
         One difference per group, and last the one over all images of all groups. A map that is not finite has a
         difference of infinity.
     """
-    options = onnxruntime.SessionOptions()
-    if precision == "fp16":  # optimised, a CPU skips roundings that a GPU makes, and so hides an overflow
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     oracle = Uint8Interface(ReferenceICNet.of(network))
     if precision == "fp16":
         other = Uint8Interface(_rounding(ReferenceICNet.of(network)))
     else:
         other = Uint8Interface(ReferenceICNet.of(network)).double()
 
+    groups = samples() if groups is None else groups
+    all_maps = _run([path] if intra is None else [path, intra], groups, interface, precision)
     differences, errors, floors = [], [], []
-    for group in samples() if groups is None else groups:
+    for group, maps in zip(groups, all_maps, strict=True):
         images, sisms = torch.from_numpy(group.images), torch.from_numpy(group.sisms)
         with torch.inference_mode():
             expected = oracle(images, sisms).numpy()
             floor = np.abs(other(images, sisms).numpy() - expected)
-            inputs = (images, sisms) if interface == "uint8" else oracle.normalise(images, sisms)
-        feeds = dict(zip(("images", "sisms"), (t.numpy() for t in inputs), strict=True))
-        found = session.run(["maps"], feeds)[0].reshape(expected.shape)
+        found = maps.reshape(expected.shape)
         error = np.where(np.isfinite(found), np.abs(found - expected), math.inf)
         differences.append(_difference(group.name, error, floor))
         errors.append(error)
         floors.append(floor)
         step()
     return [*differences, _difference("all", np.concatenate(errors), np.concatenate(floors))]
+
+
+def _run(
+    paths: Sequence[Path], groups: Sequence[Sample], interface: str, precision: str
+) -> Iterator[NDArray[np.float32]]:
+    """The files' maps of each group, [N, …]."""
+    options = onnxruntime.SessionOptions()
+    if precision == "fp16":  # optimised, a CPU skips roundings that a GPU makes, and so hides an overflow
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    sessions = [onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]) for path in paths]
+
+    def run(session: onnxruntime.InferenceSession, *tensors: NDArray) -> NDArray[np.float32]:
+        names = [tensor.name for tensor in session.get_inputs()]
+        return session.run(None, dict(zip(names, tensors, strict=True)))[0]
+
+    if interface == "packed":
+        for one, other in zip_longest(groups[::2], groups[1::2]):
+            both = [one] if other is None else [one, other]
+            labels = np.repeat(np.array([7, -3][: len(both)], np.int32), [len(group.images) for group in both])
+            order = np.random.default_rng(0).permutation(len(labels))
+            images, sisms = (np.concatenate([getattr(group, name) for group in both]) for name in ("images", "sisms"))
+            maps = np.empty(sisms.shape, np.float32)
+            maps[order] = run(sessions[0], images[order], sisms[order], labels[order])
+            yield from np.split(maps, [len(one.images)])[: len(both)]
+        return
+    normalise = Uint8Interface(ICNet(1 / WIDTH_STEPS)).normalise
+    for group in groups:
+        tensors: tuple[NDArray, ...] = (group.images, group.sisms)
+        if interface == "float32":
+            tensors = tuple(t.numpy() for t in normalise(*map(torch.from_numpy, tensors)))
+        if interface != "banked":
+            yield run(sessions[0], *tensors)
+            continue
+        chunks = list(zip(*(np.array_split(t, min(2, len(t))) for t in tensors), strict=True))
+        bank = np.concatenate([run(sessions[1], *chunk) for chunk in chunks])
+        yield np.concatenate([run(sessions[0], *chunk, bank) for chunk in chunks])
 
 
 def _rounding(network: ICNet) -> ICNet:

@@ -18,7 +18,7 @@ from export.icnet import EPS, CoSaliency, ICNet, resize
 class ReferenceCoSaliency(CoSaliency):
     """The co-saliency module, one polarity after the other."""
 
-    def forward(self, features: Tensor, sisms: Tensor) -> Tensor:
+    def forward(self, features: Tensor, sisms: Tensor) -> Tensor:  # type: ignore[override]  # the paper has no bank
         """[N, C, H, W], [N, 1, 224, 224] → [N, K, H, W]."""
         foreground = self.correlate(features, sisms)  # [N, K, H, W]
         background = self.correlate(features, 1 - sisms)  # [N, K, H, W]

@@ -1,4 +1,8 @@
-"""python export/to_onnx.py: a checkpoint to one ONNX file with a dynamic group axis, proved before it appears."""
+"""python export/to_onnx.py: a checkpoint to ONNX with a dynamic group axis, proved before it appears.
+
+One file for whole groups; or one for several groups in a batch (`--packed`); or two for images against a bank of SIVs
+(`--banked`).
+"""
 
 import sys
 from pathlib import Path
@@ -10,8 +14,10 @@ if __name__ == "__main__":  # run as a script: the same as `icnet export`
     sys.exit(main(["export", *sys.argv[1:]]))
 
 import argparse
+import hashlib
 import logging
 import warnings
+from contextlib import ExitStack
 from functools import partial
 
 import onnx
@@ -21,44 +27,53 @@ from rich.progress import Progress
 
 from export.checkpoint import load_checkpoint
 from export.fp16 import half_precision
-from export.icnet import ICNet, Uint8Interface
+from export.icnet import SIVS_PER_WIDTH, ICNet, Intra, Packed, Uint8Interface
 from export.proof import ALLOWED_FLOORS, check, compare, table
 from export.samples import samples
 from runtime import __version__
-from runtime.contract import FLOAT_INPUTS, FLOAT_OUTPUTS, INPUTS, OUTPUTS
-from runtime.errors import ModelError, OutputError
-from runtime.files import digest, replacing, same_file
+from runtime.contract import BANK, FLOAT_INPUTS, FLOAT_OUTPUTS, GROUPS, INPUTS, OUTPUTS, SIVS, WEIGHTS
+from runtime.errors import InputError, ModelError, OutputError
+from runtime.files import bank_files, digest, replacing, same_file
 
 OPSET = 18
-INTERFACES = {"uint8": (INPUTS, OUTPUTS), "float32": (FLOAT_INPUTS, FLOAT_OUTPUTS)}
+INTERFACES = {
+    "uint8": (INPUTS, OUTPUTS, Uint8Interface),
+    "float32": (FLOAT_INPUTS, FLOAT_OUTPUTS, lambda network: network),
+    "packed": ((*INPUTS, GROUPS), OUTPUTS, Packed),
+    "intra": (INPUTS, (SIVS,), Intra),
+    "banked": ((*INPUTS, BANK), OUTPUTS, Uint8Interface),
+}
+EXAMPLE = {"N": 3, "M": 4}  # lengths of the dynamic axes while tracing
 
 
 def write_onnx(
     network: ICNet, path: Path, interface: str = "uint8", provenance: dict[str, str] | None = None
 ) -> onnx.ModelProto:
-    """Trace a network and write it as one ONNX file, weights inside, with a dynamic group axis N ≥ 1.
+    """Trace a network and write it as one ONNX file, weights inside, with dynamic axes N ≥ 1 and M ≥ 1.
 
     Args:
         network: in evaluation mode, in FP32 or from `half_precision`.
         path: the file to write.
-        interface: "uint8", the file contract; or "float32", the authors' (ImageNet-normalised float32
-            [N, 3, 224, 224] and [N, 1, 224, 224] → [N, 1, 224, 224]).
+        interface: "uint8", "packed", "intra" or "banked", those of the file contract; or "float32", the authors'
+            (ImageNet-normalised float32 [N, 3, 224, 224] and [N, 1, 224, 224] → [N, 1, 224, 224]).
         provenance: notes for the model's `metadata_props`.
 
     Returns:
         The model that was written.
     """
-    inputs, outputs = INTERFACES[interface]
-    module = Uint8Interface(network) if interface == "uint8" else network
-    n = torch.export.Dim("N", min=1)
-    example = tuple(torch.zeros((3, *spec.sizes), dtype=getattr(torch, spec.dtype)) for spec in inputs)
+    inputs, outputs, make = INTERFACES[interface]
+    module = make(network)
+    lengths = EXAMPLE | {"S": round(SIVS_PER_WIDTH * network.width)}
+    shapes = [[d if isinstance(d, int) else lengths[str(d)] for d in spec.shape] for spec in inputs]
+    example = tuple(torch.zeros(s, dtype=getattr(torch, spec.dtype)) for s, spec in zip(shapes, inputs, strict=True))
+    axes = {name: torch.export.Dim(name, min=1) for name in EXAMPLE}
     with warnings.catch_warnings(action="ignore"):  # deprecations inside the exporter
         program = torch.onnx.export(
             module.eval(),
             example,
             input_names=[spec.name for spec in inputs],
             output_names=[spec.name for spec in outputs],
-            dynamic_shapes=tuple({0: n} for _ in inputs),
+            dynamic_shapes=tuple({0: axes[str(spec.shape[0])]} for spec in inputs),
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
@@ -70,6 +85,15 @@ def write_onnx(
     return model
 
 
+def weights_digest(network: ICNet) -> str:
+    """SHA-256 of a network's weights: what files that belong together have in common, whatever their precision."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `icnet export`."""
     parser.add_argument(
@@ -78,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="the .onnx file to write")
     parser.add_argument(
         "--io",
-        choices=INTERFACES,
+        choices=("uint8", "float32"),
         default="uint8",
         help="uint8 (default): resized bytes in, normalisation in the graph; float32: the authors' normalised tensors",
     )
@@ -89,17 +113,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fp16: convolutions and products in half precision, for GPUs; half the file (default fp32)",
     )
 
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--packed", action="store_true", help="several groups in one batch: a third input says which image is in which"
+    )
+    kind.add_argument(
+        "--banked",
+        action="store_true",
+        help="two files, NAME.intra.onnx (images to SIVs) and NAME.banked.onnx (images and SIVs to maps), for groups "
+        "of any size in bounded memory and for images against a kept bank",
+    )
+
 
 def run(args: argparse.Namespace) -> int:
-    """Export `args.checkpoint` to `args.output`; the file appears only once it is proved.
+    """Export `args.checkpoint` to `args.output`; the file appears (of a bank export, both) only once it is proved.
 
     Raises:
+        InputError: options that exclude each other.
         CheckpointError: the checkpoint can't be loaded.
         OutputError: the file can't be written.
         ModelError: the proof failed; no file is left.
     """
-    if same_file(args.checkpoint, args.output):
-        raise OutputError(f"{args.output}: is the checkpoint itself; choose another --output")
+    interface = "packed" if args.packed else "banked" if args.banked else args.io
+    if args.io != "uint8" and interface != args.io:
+        raise InputError(f"--io {args.io}: a --{interface} export takes uint8 only")
+    outputs = {interface: args.output}
+    if args.banked:
+        if args.output.is_dir():
+            raise OutputError(f"{args.output}: can't be written: it is a folder")
+        outputs = dict(zip(("intra", "banked"), bank_files(args.output), strict=True))
+    for output in outputs.values():
+        if same_file(args.checkpoint, output):
+            raise OutputError(f"{output}: is the checkpoint itself; choose another --output")
     console = Console()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision's operators are not there
     network = load_checkpoint(args.checkpoint)
@@ -107,32 +152,40 @@ def run(args: argparse.Namespace) -> int:
         "producer": f"icnet-deploy {__version__}",
         "checkpoint": args.checkpoint.name,
         "checkpoint_sha256": digest(args.checkpoint),
+        WEIGHTS: weights_digest(network),
         "width": f"{network.width:g}",
         "precision": args.precision,
         "io": args.io,
         "opset": str(OPSET),
         "torch": torch.__version__,
     }
-    with replacing(args.output) as temporary:
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(replacing(output)) for name, output in outputs.items()}
         groups = samples()
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("tracing", total=len(groups) + 1)
+            bar = progress.add_task("tracing", total=len(groups) + len(files))
             typed = half_precision(network) if args.precision == "fp16" else network
-            write_onnx(typed, temporary, args.io, provenance)
-            progress.update(bar, advance=1, description="proving")
+            for name, temporary in files.items():
+                write_onnx(typed, temporary, name, provenance)
+                progress.advance(bar)
+            progress.update(bar, description="proving")
             step = partial(progress.advance, bar)
-            differences = compare(temporary, network, args.io, args.precision, groups, step)
+            differences = compare(
+                files[interface], network, interface, args.precision, groups, step, intra=files.get("intra")
+            )
         try:
-            check(args.output, differences, args.precision)
+            check(outputs[interface], differences, args.precision)
         except ModelError:
             console.print(table(differences, args.precision))
             raise
     console.print(table(differences, args.precision))
-    size = args.output.stat().st_size / 1e6
-    console.print(
-        f"{args.output}: {size:.1f} MB, {args.precision}, width {network.width:g}, any group size",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    what = {"packed": "any number of groups", "intra": "images to SIVs", "banked": "any bank"}
+    for name, output in outputs.items():
+        console.print(
+            f"{output}: {output.stat().st_size / 1e6:.1f} MB, {args.precision}, width {network.width:g}, "
+            f"{what.get(name, 'any group size')}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     return 0

@@ -10,12 +10,16 @@ from runtime.errors import ModelError
 
 SIZE = 224  # side of the network's input and output, pixels
 
+# Not needed to run: the digest of the network's weights, by which files of one network know each other.
+WEIGHTS = "weights_sha256"  # its key in an ONNX file's metadata
+ENGINE_NAME = "icnet "  # what it follows in the name of an engine of ours
+
 Dim = int | str | None  # a fixed size, or a named or anonymous dynamic one
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, NumPy dtype and shape of a tensor; the first axis is the group's N images.
+    """Name, NumPy dtype and shape of a tensor; the first axis is the N images, or the M SIVs of a bank.
 
     Its text form, for messages, reads `images uint8 [N, 224, 224, 3]`.
     """
@@ -33,8 +37,14 @@ class TensorSpec:
         return tuple(d for d in self.shape[1:] if isinstance(d, int))
 
     def accepts(self, other: "TensorSpec") -> bool:
-        """Whether `other`, read from a model, is this tensor; its first axis may be fixed or dynamic."""
-        return (self.name, self.dtype, self.shape[1:]) == (other.name, other.dtype, other.shape[1:])
+        """Whether `other`, read from a model, is this tensor.
+
+        Its first axis may be fixed or dynamic; one that has a name here, of any fixed size.
+        """
+        if (self.name, self.dtype, len(self.shape)) != (other.name, other.dtype, len(other.shape)):
+            return False
+        pairs = zip(self.shape[1:], other.shape[1:], strict=True)
+        return all(isinstance(found, int) if isinstance(d, str) else d == found for d, found in pairs)
 
 
 INPUTS = (
@@ -42,6 +52,9 @@ INPUTS = (
     TensorSpec("sisms", "uint8", ("N", SIZE, SIZE)),
 )
 OUTPUTS = (TensorSpec("maps", "float32", ("N", SIZE, SIZE)),)
+GROUPS = TensorSpec("groups", "int32", ("N",))  # images with the same number are one group
+BANK = TensorSpec("bank", "float32", ("M", "S"))  # the SIVs of a group's images; S = 1280·width
+SIVS = TensorSpec("sivs", "float32", ("N", "S"))  # those of these images
 
 # The authors' interface (normalised floats in, maps with a channel axis out), for callers with their own preprocessing.
 FLOAT_INPUTS = (
@@ -51,7 +64,33 @@ FLOAT_INPUTS = (
 FLOAT_OUTPUTS = (TensorSpec("maps", "float32", ("N", 1, SIZE, SIZE)),)
 
 
-def check_contract(path: object, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> int | None:
+@dataclass(frozen=True)
+class Interface:
+    """Which of the exports a model is, and its tensors, in the order of the contract.
+
+    Attributes:
+        kind: "plain": a group to its maps; "packed": several groups to theirs; "intra": images to their SIVs;
+            "banked": images and a bank of SIVs to maps.
+        inputs: as the model has them.
+        output: likewise.
+        size: the number of images that the model was built for; None if any will do.
+    """
+
+    kind: str
+    inputs: tuple[TensorSpec, ...]
+    output: TensorSpec
+    size: int | None = None
+
+
+INTERFACES = (
+    Interface("plain", INPUTS, OUTPUTS[0]),
+    Interface("packed", (*INPUTS, GROUPS), OUTPUTS[0]),
+    Interface("intra", INPUTS, SIVS),
+    Interface("banked", (*INPUTS, BANK), OUTPUTS[0]),
+)
+
+
+def check_contract(path: object, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> Interface:
     """Check that a model's tensors are those of the contract.
 
     Args:
@@ -60,7 +99,7 @@ def check_contract(path: object, inputs: Sequence[TensorSpec], outputs: Sequence
         outputs: its outputs.
 
     Returns:
-        The number of images that the model was built for, or None if any group size will do.
+        Which export it is.
 
     Raises:
         ModelError: the tensors are another model's; the message names what was expected and found.
@@ -70,13 +109,17 @@ def check_contract(path: object, inputs: Sequence[TensorSpec], outputs: Sequence
             f"{path}: exported with float32 inputs (--io float32), for callers with their own preprocessing; "
             "export it with --io uint8 to run it here"
         )
-    if not (_match(INPUTS, inputs) and _match(OUTPUTS, outputs)):
-        raise ModelError(
-            f"{path}: not an ICNet export: expected inputs {_list(INPUTS)} and output {_list(OUTPUTS)}, "
-            f"found inputs {_list(inputs) or 'none'} and outputs {_list(outputs) or 'none'}"
-        )
-    sizes = {spec.shape[0] for spec in (*inputs, *outputs) if isinstance(spec.shape[0], int)}
-    return sizes.pop() if sizes else None
+    for interface in INTERFACES:
+        if _match(interface.inputs, inputs) and _match((interface.output,), outputs):
+            by_name = {spec.name: spec for spec in inputs}
+            found = tuple(by_name[spec.name] for spec in interface.inputs)
+            lengths = (found[0].shape[0], found[1].shape[0], outputs[0].shape[0])
+            size = next((n for n in lengths if isinstance(n, int)), None)
+            return Interface(interface.kind, found, outputs[0], size)
+    raise ModelError(
+        f"{path}: not an ICNet export: expected inputs {_list(INPUTS)} and output {_list(OUTPUTS)}, "
+        f"found inputs {_list(inputs) or 'none'} and outputs {_list(outputs) or 'none'}"
+    )
 
 
 def _match(expected: Sequence[TensorSpec], found: Sequence[TensorSpec]) -> bool:

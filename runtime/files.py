@@ -45,6 +45,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def bank_files(path: Path) -> tuple[Path, Path]:
+    """Where a bank export that is called `path` has its two files: NAME.intra.onnx and NAME.banked.onnx."""
+    return path.with_name(f"{path.stem}.intra{path.suffix}"), path.with_name(f"{path.stem}.banked{path.suffix}")
+
+
 def same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
     """Whether two paths lead to one place, which need not exist."""
     return os.path.realpath(one) == os.path.realpath(other)

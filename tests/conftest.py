@@ -11,8 +11,9 @@ from PIL import Image, ImageDraw
 import icnet_cli
 from export.checkpoint import save_checkpoint
 from export.icnet import ICNet
-from export.to_onnx import write_onnx
+from export.to_onnx import weights_digest, write_onnx
 from runtime import Predictor
+from runtime.contract import WEIGHTS
 
 DATA = Path(__file__).parent / "data"
 BIRDS = DATA / "bird"
@@ -59,6 +60,19 @@ def model_file(network: ICNet, tmp_path_factory: pytest.TempPathFactory) -> Path
 def predictor(model_file: Path) -> Iterator[Predictor]:
     with Predictor(model_file) as predictor:
         yield predictor
+
+
+def write_exports(folder: Path, network: ICNet) -> Path:
+    """The four exports of a network, as `icnet export` names them, and how the plain one is called."""
+    for name, interface in {"": "uint8", ".packed": "packed", ".intra": "intra", ".banked": "banked"}.items():
+        write_onnx(network, folder / f"icnet{name}.onnx", interface, {WEIGHTS: weights_digest(network)})
+    return folder / "icnet.onnx"
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """icnet.onnx of a narrow network; beside it icnet.packed.onnx, icnet.intra.onnx and icnet.banked.onnx."""
+    return write_exports(tmp_path_factory.mktemp("exports"), random_network(1 / 32))
 
 
 @pytest.fixture
@@ -110,7 +124,9 @@ def icnet(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, s
     return run
 
 
-def build_with_tensorrt(path: Path, profile: tuple[int, int, int] = (1, 5, 32)) -> tuple[int, list[str]]:
+def build_with_tensorrt(
+    path: Path, profile: tuple[int, int, int] = (1, 5, 32), bank: tuple[int, int, int] = (1, 20, 300)
+) -> tuple[int, list[str]]:
     """Parse and build a file with TensorRT-RTX, which needs no GPU for it.
 
     Returns the engine's size in bytes (0 if it was refused), and the parser's errors.
@@ -129,7 +145,8 @@ def build_with_tensorrt(path: Path, profile: tuple[int, int, int] = (1, 5, 32)) 
     shapes = builder.create_optimization_profile()
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
-        shapes.set_shape(tensor.name, *[(n, *tuple(tensor.shape)[1:]) for n in profile])
+        lengths = bank if tensor.name == "bank" else profile
+        shapes.set_shape(tensor.name, *[(n, *tuple(tensor.shape)[1:]) for n in lengths])
     config.add_optimization_profile(shapes)
     engine = builder.build_serialized_network(network, config)
     return (0 if engine is None else engine.nbytes), []

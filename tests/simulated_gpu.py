@@ -34,9 +34,12 @@ def check(condition, message):
         raise Violation(message)
 
 
-def engine_file(path, onnx_path, profiles, version="10.16.0"):
-    """Write an engine for the simulated TensorRT of that version; profiles are (min, opt, max) group sizes."""
-    header = json.dumps({"version": version, "profiles": profiles}).encode() + b"\n"
+def engine_file(path, onnx_path, profiles, version="10.16.0", name="Unnamed Network 0"):
+    """Write an engine for the simulated TensorRT of that version.
+
+    A profile is (min, opt, max), the lengths of all inputs, or a dict of such by the inputs' names.
+    """
+    header = json.dumps({"version": version, "profiles": profiles, "name": name}).encode() + b"\n"
     path.write_bytes(MAGIC + header + onnx_path.read_bytes())
     return path
 
@@ -397,8 +400,8 @@ class Gpu:
                 return True
 
             def set_input_shape(self, name, shape):
-                low, _, high = self.engine.profiles[self.active_optimization_profile]
                 check(self.engine.is_input(name), f"no input {name}")
+                low, _, high = self.engine.lengths(name, self.active_optimization_profile)
                 check(low <= shape[0] <= high, f"{name}: {shape} outside profile {low} … {high}")
                 check(tuple(shape[1:]) == tuple(self.engine.tensors[name].shape[1:]), f"{name}: shape {shape}")
                 self.shapes[name] = tuple(shape)
@@ -409,7 +412,7 @@ class Gpu:
                 gpu.need_context()
                 check(handle in gpu.streams, "executed on no stream")
                 check(self.scratch is not None, "executed without scratch memory")
-                check(set(self.shapes) == {"images", "sisms"}, "executed without all input shapes")
+                check(set(self.shapes) == set(self.engine.inputs), "executed without all input shapes")
                 check(set(self.addresses) == set(self.engine.tensors), "executed without all addresses")
                 stream, version = gpu.streams[handle], self.version
                 captured = stream.capturing is not None
@@ -431,7 +434,7 @@ class Gpu:
             def __init__(self, content):
                 gpu.make("engine")
                 header, _, model = content.removeprefix(MAGIC).partition(b"\n")
-                self.profiles = [tuple(p) for p in json.loads(header)["profiles"]]
+                self.profiles, self.name = (json.loads(header)[key] for key in ("profiles", "name"))
                 options = onnxruntime.SessionOptions()
                 options.intra_op_num_threads = 1
                 self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -439,10 +442,16 @@ class Gpu:
                 self.tensors = self.inputs | {t.name: t for t in self.session.get_outputs()}
                 self.num_io_tensors = len(self.tensors)
                 self.num_optimization_profiles = len(self.profiles)
-                self.device_memory_size_v2 = 4096 * max(high for *_, high in self.profiles)
+                self.device_memory_size_v2 = 4096 * max(
+                    self.lengths("images", i)[2] for i in range(self.num_optimization_profiles)
+                )
 
             def __del__(self):
                 gpu.drop("engine")
+
+            def lengths(self, name, index):
+                profile = self.profiles[index]
+                return profile[name] if isinstance(profile, dict) else profile
 
             def is_input(self, name):
                 return name in self.inputs
@@ -451,7 +460,8 @@ class Gpu:
                 return list(self.tensors)[index]
 
             def get_tensor_dtype(self, name):
-                return {"tensor(uint8)": "uint8", "tensor(float)": "float32"}[self.tensors[name].type]
+                types = {"tensor(uint8)": "uint8", "tensor(float)": "float32", "tensor(int32)": "int32"}
+                return types[self.tensors[name].type]
 
             def get_tensor_shape(self, name):
                 return tuple(d if isinstance(d, int) else -1 for d in self.tensors[name].shape)
@@ -460,7 +470,7 @@ class Gpu:
                 return Mode.INPUT if self.is_input(name) else Mode.OUTPUT
 
             def get_tensor_profile_shape(self, name, index):
-                return [(n, *self.tensors[name].shape[1:]) for n in self.profiles[index]]
+                return [(n, *self.tensors[name].shape[1:]) for n in self.lengths(name, index)]
 
             def create_runtime_config(self):
                 config = SimpleNamespace(cuda_graph_strategy=0, strategy=Strategy.STATIC)
@@ -475,10 +485,12 @@ class Gpu:
             def compute(self, shapes, addresses):
                 feeds = {}
                 for name, shape in shapes.items():
-                    data = gpu.device_view(addresses[name], int(np.prod(shape)))
-                    feeds[name] = data.copy().reshape(shape)
-                maps = self.session.run(["maps"], feeds)[0]
-                gpu.device_view(addresses["maps"], maps.nbytes)[:] = maps.reshape(-1).view(np.uint8)
+                    dtype = np.dtype(self.get_tensor_dtype(name))
+                    data = gpu.device_view(addresses[name], int(np.prod(shape)) * dtype.itemsize)
+                    feeds[name] = data.copy().view(dtype).reshape(shape)
+                (output,) = self.tensors.keys() - self.inputs.keys()
+                found = self.session.run([output], feeds)[0]
+                gpu.device_view(addresses[output], found.nbytes)[:] = found.reshape(-1).view(np.uint8)
 
         class Runtime:
             def __init__(self, logger):

@@ -346,6 +346,45 @@ def test_only_the_largest_group_must_be_named(icnet, model_file, tmp_path, argum
     assert out.endswith(f"groups of {profile}\n")
 
 
+def test_packed_and_bank_exports(icnet, exports, tmp_path):
+    for kind, options, says in [
+        ("packed", ("--max", 64), "groups of 1:5:64"),
+        ("intra", ("--max", 16), "groups of 1:5:16"),
+        ("banked", ("--max", 16, "--max-bank", 300), "groups of 1:5:16, banks of 1:20:300"),
+        ("banked", ("--max", 4, "--max-bank", 9, "--min-bank", 2, "--opt-bank", 3), "banks of 2:3:9"),
+    ]:
+        model, engine = exports.with_name(f"icnet.{kind}.onnx"), tmp_path / f"icnet.{kind}.engine"
+        code, out, _ = icnet("build", "--onnx", model, "--output", engine, *options)
+        assert (code, says in out) == (0, True)
+        digest = json.loads(engine.with_name(engine.name + ".json").read_text())["onnx_metadata"]["weights_sha256"]
+        assert f"icnet {digest}".encode() in engine.read_bytes()  # the engine's name: a sidecar may get lost
+
+
+def test_sizes_of_banks_are_one_line(icnet, exports, tmp_path):
+    banked, output = exports.with_name("icnet.banked.onnx"), ("--output", tmp_path / "x.engine", "--max", 4)
+    for model, options, message in [
+        (banked, (), "icnet.banked.onnx: takes a bank, whose sizes are missing: give --max-bank"),
+        (banked, ("--min-bank", 2), "sizes of the bank are missing: give --max-bank"),
+        (banked, ("--max-bank", 0), "must be 1 ≤ MIN ≤ OPT ≤ MAX"),
+        (exports, ("--max-bank", 9), "icnet.onnx takes no bank"),
+        (exports, ("--max-bank", 9, "--trtexec"), "icnet.onnx takes no bank"),
+    ]:
+        code, _, err = icnet("build", "--onnx", model, *output, *options)
+        assert (code, err.count("\n"), message in err) == (2, 1, True), err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_trtexec_of_a_bank_export(icnet, exports, no_tensorrt):
+    model = exports.with_name("icnet.banked.onnx")
+    _, out, _ = icnet("build", "--onnx", model, "--output", "x.engine", "--max", 4, "--max-bank", 300, "--trtexec")
+    assert "--maxShapes=images:4x224x224x3,sisms:4x224x224,bank:300x40" in out
+    assert "--optShapes=images:4x224x224x3,sisms:4x224x224,bank:20x40" in out
+    _, out, _ = icnet(
+        "build", "--onnx", exports.with_name("icnet.packed.onnx"), "--output", "x", "--max", 9, "--trtexec"
+    )
+    assert "--maxShapes=images:9x224x224x3,sisms:9x224x224,groups:9 " in out
+
+
 def test_tensorrt_that_is_missing_broken_or_without_a_driver(icnet, model_file, tmp_path, monkeypatch):
     arguments = ("build", "--onnx", model_file, "--output", tmp_path / "x.engine", *SIZES)
 

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import DATA, random_network
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from export.icnet import EPS, CoSaliency, ICNet
@@ -152,3 +154,60 @@ def test_degenerate_inputs_give_finite_maps(n, image, sism):
     assert maps.isfinite().all()
     assert maps.min() >= 0
     assert maps.max() <= 1
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """A narrow network in FP64, and images for groups of it."""
+    return random_network(1 / 32).double(), *group(8)
+
+
+@settings(max_examples=5, deadline=None)
+@given(data=st.data())
+def test_packed_in_any_order_is_one_by_one(exact, data):
+    network, images, sisms = exact
+    labels = data.draw(st.lists(st.sampled_from([-7, 0, 1, 2**31 - 1]), min_size=1, max_size=8), "groups")
+    order = data.draw(st.permutations(range(len(labels))), "order")
+    groups, images, sisms = torch.tensor(labels, dtype=torch.int32), images[order], sisms[order]
+    with torch.no_grad():
+        packed = network(images, sisms, own=groups[:, None] == groups)
+        for label in set(labels):
+            mine = groups == label
+            torch.testing.assert_close(packed[mine], network(images[mine], sisms[mine]), atol=EXACT, rtol=0)
+
+
+@settings(max_examples=5, deadline=None)
+@given(n=st.integers(1, 8), chunk=st.integers(1, 8), data=st.data())
+def test_chunks_with_the_sivs_of_all_are_the_whole(exact, n, chunk, data):
+    network, images, sisms = exact
+    order = data.draw(st.permutations(range(n)), "order of the bank")
+    chunks = list(zip(images[:n].split(chunk), sisms[:n].split(chunk), strict=True))
+    with torch.no_grad():
+        bank = torch.cat([network.sivs(*c) for c in chunks])
+        found = torch.cat([network(*c, bank=bank[order]) for c in chunks])
+        torch.testing.assert_close(found, network(images[:n], sisms[:n]), atol=EXACT, rtol=0)
+    assert bank.shape == (n, 1280 / 32)
+
+
+def test_the_sivs_are_unit_vectors_of_each_image_alone(exact):
+    network, images, sisms = exact
+    with torch.no_grad():
+        bank = network.sivs(images[:3], sisms[:3])
+        for level in bank.split([4, 4, 8, 8, 8, 8], 1):  # 128, 256 and 256 channels, twice
+            torch.testing.assert_close(level.norm(dim=1), torch.ones(3, dtype=torch.float64))
+        torch.testing.assert_close(network.sivs(images[1:2], sisms[1:2]), bank[1:2], atol=EXACT, rtol=0)
+        other = network.sivs(images[:3], 1 - sisms[:3])  # foreground and background change places
+    torch.testing.assert_close(other[:, :4], bank[:, 4:8])
+
+
+def test_nothing_of_another_group_gets_through(exact):
+    """Not even a NaN of it."""
+    network, images, sisms = exact
+    own = torch.tensor([0, 1, 0, 1, 1])[:, None] == torch.tensor([0, 1, 0, 1, 1])
+    spoiled = images[:5].clone()
+    spoiled[1], spoiled[3] = torch.randn(3, 224, 224, dtype=torch.float64), float("nan")
+    with torch.no_grad():
+        expected = network(images[:5], sisms[:5], own=own)
+        found = network(spoiled, sisms[:5], own=own)
+    torch.testing.assert_close(found[[0, 2]], expected[[0, 2]], atol=0, rtol=0)
+    assert not torch.equal(found[4], expected[4])

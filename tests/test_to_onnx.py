@@ -17,8 +17,9 @@ from export.to_onnx import INTERFACES, write_onnx
 from runtime import ModelError
 from runtime.contract import INPUTS, OUTPUTS
 
-EXPORTS = [(io, width, "fp32") for io in INTERFACES for width in (0.25, 1.0)]
+EXPORTS = [(io, width, "fp32") for io in ("uint8", "float32") for width in (0.25, 1.0)]
 EXPORTS += [("uint8", 0.25, "fp16"), ("uint8", 1.0, "fp16"), ("float32", 0.25, "fp16")]
+EXPORTS += [(io, 0.25, precision) for io in ("packed", "banked") for precision in ("fp32", "fp16")]
 
 
 @pytest.fixture(scope="module", params=EXPORTS, ids=lambda p: "-".join(map(str, p)))
@@ -26,14 +27,35 @@ def exported(request, tmp_path_factory):
     io, width, precision = request.param
     path = tmp_path_factory.mktemp("export") / "icnet.onnx"
     network = random_network(width)
-    write_onnx(half_precision(network) if precision == "fp16" else network, path, io, {"precision": precision})
+    typed = half_precision(network) if precision == "fp16" else network
+    write_onnx(typed, path, io, {"precision": precision})
     return path, network, io, precision
+
+
+@pytest.fixture(scope="module")
+def intra(exported, tmp_path_factory):
+    """The file that makes the banks of the banked one; None for the others."""
+    _, network, io, precision = exported
+    if io != "banked":
+        return None
+    path = tmp_path_factory.mktemp("intra") / "intra.onnx"
+    write_onnx(half_precision(network) if precision == "fp16" else network, path, "intra")
+    return path
 
 
 def test_tensorrt_parses_and_builds_it(exported):
     size, errors = build_with_tensorrt(exported[0], profile=(1, 5, 32))
     assert errors == []
     assert size > exported[0].stat().st_size / 2
+
+
+def test_tensorrt_takes_the_intra_file(intra):
+    if intra is None:
+        pytest.skip("not a bank export")
+    size, errors = build_with_tensorrt(intra)
+    assert errors == []
+    assert size > intra.stat().st_size / 2
+    assert {value.name for value in onnx.load(intra).graph.output} == {"sivs"}
 
 
 def test_tensorrt_refuses_the_papers_network(tmp_path):
@@ -61,7 +83,7 @@ def test_the_graph_has_no_computed_kernel_and_no_pixels_by_pixels_tensor(exporte
     }
 
     for value in model.graph.input:
-        value.type.tensor_type.shape.dim[0].dim_value = 3
+        value.type.tensor_type.shape.dim[0].dim_value = 4 if value.name == "bank" else 3
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in inferred.graph.value_info}
     assert any(784 in shape for shape in shapes.values())  # the shapes are known
@@ -73,20 +95,21 @@ def test_the_file_explains_itself(exported):
     model = onnx.load(path, load_external_data=False)
     onnx.checker.check_model(model, full_check=True)
     expected = [*INPUTS, *OUTPUTS] if io == "uint8" else [*INTERFACES[io][0], *INTERFACES[io][1]]
+    sizes = {"S": 1280 * 0.25}
     for spec, value in zip(expected, [*model.graph.input, *model.graph.output], strict=True):
         assert value.name == spec.name
         assert onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type) == np.dtype(spec.dtype)
         shape = value.type.tensor_type.shape.dim
-        assert [d.dim_param or d.dim_value for d in shape] == list(spec.shape)
+        assert [d.dim_param or d.dim_value for d in shape] == [sizes.get(d, d) for d in spec.shape]
     assert {p.key: p.value for p in model.metadata_props} == {"precision": precision}
     assert not any(i.external_data for i in model.graph.initializer)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_it_computes_what_the_paper_computes(exported):
+def test_it_computes_what_the_paper_computes(exported, intra):
     """At full width on few images; the next test has more of them."""
     path, network, io, precision = exported
-    check(path, compare(path, network, io, precision, groups=samples(sizes=(1, 2))), precision)
+    check(path, compare(path, network, io, precision, groups=samples(sizes=(1, 2)), intra=intra), precision)
 
 
 def test_exported_at_one_size_and_right_at_any(model_file, network):
@@ -179,6 +202,47 @@ def test_icnet_export(icnet, checkpoint, tmp_path, io, precision):
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["icnet.onnx"]
 
 
+def test_icnet_export_of_banks_and_packs(icnet, tmp_path):
+    save_checkpoint(tmp_path / "icnet.pth", random_network(1 / 32))
+    arguments = ("--checkpoint", tmp_path / "icnet.pth", "--output", tmp_path / "new" / "icnet.onnx")
+    code, out, _ = icnet("export", *arguments, "--banked", "--precision", "fp16")
+    assert code == 0
+    assert all(f"N = {n} " in out for n in (1, 2, 5, 10, 17))
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["icnet.banked.onnx", "icnet.intra.onnx"]
+    assert icnet("export", *arguments, "--packed")[0] == 0
+    files = [tmp_path / "new" / f"icnet{kind}.onnx" for kind in ("", ".intra", ".banked")]
+    notes = [{p.key: p.value for p in onnx.load(file).metadata_props} for file in files]
+    assert [n["precision"] for n in notes] == ["fp32", "fp16", "fp16"]
+    assert len({n["weights_sha256"] for n in notes}) == 1  # one network, whatever the precision
+    inputs = [[value.name for value in onnx.load(file).graph.input] for file in files]
+    assert inputs == [["images", "sisms", "groups"], ["images", "sisms"], ["images", "sisms", "bank"]]
+
+
+def test_a_failed_proof_of_a_bank_export_leaves_neither_file(icnet, tmp_path, monkeypatch):
+    def sabotaged(network, path, interface, *args):
+        wrong = random_network(1 / 32, seed=1) if interface == "intra" else network
+        return write_onnx(wrong, path, interface, *args)
+
+    monkeypatch.setattr("export.to_onnx.write_onnx", sabotaged)
+    monkeypatch.setattr("export.to_onnx.samples", lambda: samples(sizes=(3,)))
+    save_checkpoint(tmp_path / "icnet.pth", random_network(1 / 32))
+    code, _, err = icnet("export", "--checkpoint", tmp_path / "icnet.pth", "--output", tmp_path / "x.onnx", "--banked")
+    assert code == 2
+    assert "x.banked.onnx: not written: its maps differ" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["icnet.pth"]
+
+
+def test_the_proof_refuses_a_packed_file_that_mixes_its_groups(tmp_path, monkeypatch):
+    network, path = random_network(1 / 32), tmp_path / "mixed.onnx"
+    monkeypatch.setattr("export.icnet.Packed.forward", lambda self, images, sisms, groups: self.interface(
+        images, sisms, own=groups.unsqueeze(1) >= groups.unsqueeze(0)
+    ))  # fmt: skip
+    write_onnx(network, path, "packed")
+    differences = compare(path, network, "packed", groups=samples(sizes=(2, 5)))
+    with pytest.raises(ModelError, match="differ from the paper's network"):
+        check(path, differences)
+
+
 def test_a_failed_proof_leaves_no_file_and_exits_with_2(icnet, checkpoint, tmp_path, monkeypatch):
     def sabotaged(network, path, *args):
         model = write_onnx(network, path, *args)
@@ -223,6 +287,8 @@ def test_export_errors_are_one_line(icnet, tmp_path, checkpoint):
         (("--checkpoint", checkpoint, "--output", ""), "it is a folder"),
         (("--checkpoint", checkpoint, "--output", "/dev/null"), "it is not a regular file"),
         (("--checkpoint", checkpoint, "--output", tmp_path / "file" / "x.onnx"), "is not a folder"),
+        (("--checkpoint", checkpoint, "--output", tmp_path, "--banked"), "it is a folder"),
+        (("--checkpoint", checkpoint, "--output", tmp_path / "x.onnx", "--packed", "--io", "float32"), "uint8 only"),
     ]:
         code, _, err = icnet("export", *arguments)
         assert code == 2

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from export.checkpoint import load_backbone, load_checkpoint, read_checkpoint, save_checkpoint
-from export.icnet import SIZE, CorrelationFusion, ICNet, Uint8Interface, l2_normalise, resize
+from export.icnet import SIZE, CorrelationFusion, ICNet, Uint8Interface, resize
 from runtime.errors import CheckpointError, ICNetError, InputError
 from runtime.files import replacing, same_file
 from training.batches import Batch, DataSetBatches, PastedBatches
@@ -169,7 +169,7 @@ class AttentionLoss:
         """The loss of the forward pass before this call; `truth` as for `iou_loss`."""
         ious = []
         for module, features, sisms in self._seen:
-            f = l2_normalise(features.flatten(2), 1)  # [N, C, HW]
+            f = module.normalise(features)  # [N, C, HW]
             expected = F.interpolate(truth, (module.size, module.size), mode="area")
             for marked in (sisms, truth):
                 csa = module.attention(f, module.sivs(f, marked))[:, :1]  # [N, 1, HW]

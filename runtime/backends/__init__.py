@@ -1,17 +1,19 @@
 """One module per engine, all with the same few names."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.contract import Interface
+
 
 class Pending(Protocol):
-    """A group that was handed to an engine."""
+    """A call that was handed to an engine."""
 
     def result(self) -> NDArray[np.float32]:
-        """Wait for it: float32 [N, 224, 224]."""
+        """Wait for it: the model's output, maps float32 [N, 224, 224] or SIVs float32 [N, S]."""
         ...
 
 
@@ -19,14 +21,17 @@ class Backend(Protocol):
     """An engine with a model that follows the contract. Safe from several threads."""
 
     path: Path
-    slots: int  # groups that are worth having in work at once
+    interface: Interface
+    slots: int  # calls that are worth having in work at once
+    largest: int | None  # images that one call takes; None for any number
+    weights: str | None  # digest of the network's weights, if the file tells
 
-    def check_group(self, images: int) -> None:
-        """Raise ModelError if the model can't take a group of so many images."""
+    def check_group(self, images: int, bank: int = 1) -> None:
+        """Raise ModelError if the model can't take so many images at once, or a bank of so many SIVs."""
         ...
 
-    def submit(self, images: NDArray[np.uint8], sisms: NDArray[np.uint8]) -> Pending:
-        """Start on a group: uint8 [N, 224, 224, 3], uint8 [N, 224, 224]."""
+    def submit(self, *tensors: NDArray[Any]) -> Pending:
+        """Start on a call: a tensor for each of the interface's inputs."""
         ...
 
     def close(self) -> None:

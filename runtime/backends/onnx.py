@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.contract import INPUTS, OUTPUTS, TensorSpec, check_contract
+from runtime.contract import WEIGHTS, Interface, TensorSpec, check_contract
 from runtime.cuda import PageLocked
 from runtime.errors import DependencyError, ICNetError, ModelError, one_line
 
@@ -31,13 +31,13 @@ NUMPY_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor
 
 @dataclass(frozen=True)
 class Finished:
-    """A group that has been computed: ONNX Runtime returns when it is done."""
+    """A call that has been computed: ONNX Runtime returns when it is done."""
 
-    maps: NDArray[np.float32]
+    output: NDArray[np.float32]
 
     def result(self) -> NDArray[np.float32]:
-        """Float32 [N, 224, 224]."""
-        return self.maps
+        """The model's output."""
+        return self.output
 
 
 class OnnxBackend:
@@ -49,6 +49,7 @@ class OnnxBackend:
         providers: execution providers in order of preference, each a name or (name, options), as ONNX Runtime takes
             them. The CPU comes last in any case, for what the others can't compute. With those of NVIDIA GPUs, calls
             go through I/O bindings.
+        frugal: give the memory of every call on the CPU back when it is done, for models that take turns.
 
     Raises:
         ModelError: not an ONNX file, or not an exported ICNet; or a provider that was asked for is not used.
@@ -57,7 +58,9 @@ class OnnxBackend:
 
     slots = 1  # groups at once that one caller can have in work
 
-    def __init__(self, path: Path, threads: int | None = None, providers: Sequence[Provider] = (CPU,)) -> None:
+    def __init__(
+        self, path: Path, threads: int | None = None, providers: Sequence[Provider] = (CPU,), frugal: bool = False
+    ) -> None:
         try:
             import onnxruntime as ort
         except ImportError as error:
@@ -78,6 +81,7 @@ class OnnxBackend:
             ort.preload_dlls()  # CUDA and cuDNN from their wheels, where the loader does not look
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
+        options.enable_cpu_mem_arena = not frugal
         options.log_severity_level = 3  # errors; they reach the caller as exceptions
         try:
             self._session = ort.InferenceSession(self.path, options, providers=[*providers])
@@ -89,38 +93,49 @@ class OnnxBackend:
                 f"{self.path}: {', '.join(unused)} was asked for but could not be started; are its libraries (CUDA, "
                 "cuDNN, TensorRT) and a GPU there? Leave it out of providers to do without"
             )
-        self._group_size = check_contract(
+        self.interface = check_contract(
             self.path, [_spec(t) for t in self._session.get_inputs()], [_spec(t) for t in self._session.get_outputs()]
         )
+        self.largest = self.interface.size
+        self.weights: str | None = self._session.get_modelmeta().custom_metadata_map.get(WEIGHTS)
         self._bindings: _Bindings | None = None
         if on_gpu:
             device = 0 if isinstance(on_gpu[0], str) else int(on_gpu[0][1].get("device_id", 0))
-            self._bindings = _Bindings(ort, self._session, device)
+            self._bindings = _Bindings(ort, self._session, self.interface, device)
             self._finalizer = weakref.finalize(self, self._bindings.close)
 
-    def check_group(self, images: int) -> None:
-        """Raise ModelError if the model was built for groups of another size."""
-        if self._group_size not in (None, images):
+    def check_group(self, images: int, bank: int = 1) -> None:
+        """Raise ModelError if the model was built for groups, or banks, of another size."""
+        if self.interface.size not in (None, images):
             raise ModelError(
-                f"{self.path}: built for groups of exactly {self._group_size} images, got {images}; "
+                f"{self.path}: built for groups of exactly {self.interface.size} images, got {images}; "
                 "export it with a dynamic group axis (icnet export does)"
             )
+        rows = self.interface.inputs[-1].shape[0]
+        if self.interface.kind == "banked" and isinstance(rows, int) and rows != bank:
+            raise ModelError(
+                f"{self.path}: built for banks of exactly {rows} images, got {bank}; "
+                "export it with dynamic axes (icnet export --banked does)"
+            )
 
-    def submit(self, images: NDArray[np.uint8], sisms: NDArray[np.uint8]) -> Finished:
-        """Run a group: uint8 [N, 224, 224, 3], uint8 [N, 224, 224] → float32 [N, 224, 224]."""
+    def submit(self, *tensors: NDArray[Any]) -> Finished:
+        """Run a call: a tensor for each of the interface's inputs."""
+        images = tensors[0]
         try:
-            maps: NDArray[np.float32]
+            output: NDArray[np.float32]
             if self._bindings is None:
-                maps = self._session.run(["maps"], {"images": images, "sisms": sisms})[0]
+                names = [spec.name for spec in self.interface.inputs]
+                feeds = dict(zip(names, tensors, strict=True))
+                output = self._session.run([self.interface.output.name], feeds)[0]
             else:
-                maps = self._bindings.run(images, sisms)
+                output = self._bindings.run(*tensors)
         except ICNetError:
             raise
         except Exception as error:
             if "allocate memory" in str(error) or isinstance(error, MemoryError):
                 raise ModelError(f"{self.path}: out of memory for a group of {len(images)}; split the group") from error
             raise ModelError(f"{self.path}: failed on a group of {len(images)}: {_reason(error)}") from error
-        return Finished(maps)
+        return Finished(output)
 
     def close(self) -> None:
         """Give the session's memory back; on a GPU, calls in work are finished first."""
@@ -136,14 +151,15 @@ class _Bindings:
     Args:
         ort: the module `onnxruntime`.
         session: the model's session.
+        interface: the model's tensors.
         device: the GPU's number.
 
     Raises:
         DependencyError: there is no NVIDIA driver.
     """
 
-    def __init__(self, ort: Any, session: Any, device: int) -> None:
-        self._ort, self._session, self._device = ort, session, device
+    def __init__(self, ort: Any, session: Any, interface: Interface, device: int) -> None:
+        self._ort, self._session, self._interface, self._device = ort, session, interface, device
         # ONNX Runtime's own allocator of such memory can be reached from Python in its newest releases only.
         self._memory = PageLocked(device)
         self._free: list[_Binding] = []
@@ -151,18 +167,18 @@ class _Bindings:
         self._changed = threading.Condition()
         self._closed = False
 
-    def run(self, images: NDArray[np.uint8], sisms: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Run a group through a free binding: a new one if there is none, until there are MOST_BINDINGS."""
+    def run(self, *tensors: NDArray[Any]) -> NDArray[np.float32]:
+        """Run a call through a free binding: a new one if there is none, until there are MOST_BINDINGS."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._free or self._made < MOST_BINDINGS)
             if self._closed:
                 raise ICNetError("this Predictor is closed")
             if not self._free:
-                self._free.append(_Binding(self._ort, self._session, self._memory, self._device))
+                self._free.append(_Binding(self._ort, self._session, self._interface, self._memory, self._device))
                 self._made += 1
             binding = self._free.pop()
         try:
-            return binding.run(images, sisms)
+            return binding.run(*tensors)
         finally:
             with self._changed:
                 self._free.append(binding)
@@ -181,36 +197,36 @@ class _Bindings:
 
 
 class _Binding:
-    """One call's way through the session, for groups of any size; it holds no memory until its first call."""
+    """One call's way through the session, for any lengths; it holds no memory until its first call."""
 
-    def __init__(self, ort: Any, session: Any, memory: PageLocked, device: int) -> None:
+    def __init__(self, ort: Any, session: Any, interface: Interface, memory: PageLocked, device: int) -> None:
         self._ort, self._session, self._memory, self._device = ort, session, memory, device
+        self._inputs_of, self._output = interface.inputs, interface.output
         self._io = session.io_binding()
-        self._host: dict[str, NDArray[Any]] = {}  # page-locked, [most images, ...]
-        self._inputs: dict[str, Any] = {}  # on the device, [images of the last call, ...]
-        self._most = 0
+        self._host: dict[str, NDArray[Any]] = {}  # page-locked, [most, ...]
+        self._inputs: dict[str, Any] = {}  # on the device, [length of the last call, ...]
 
-    def run(self, images: NDArray[np.uint8], sisms: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Copy a group in, run it, and copy its maps out: an array of the caller's own."""
-        n = len(images)
+    def run(self, *tensors: NDArray[Any]) -> NDArray[np.float32]:
+        """Copy a call's tensors in, run it, and copy its output out: an array of the caller's own."""
+        n = len(tensors[0])
         try:
-            self._fit(n)
-            for spec, array in zip(INPUTS, (images, sisms), strict=True):
-                host, value = self._host[spec.name][:n], self._inputs[spec.name]
+            self._fit([len(array) for array in tensors])
+            for spec, array in zip(self._inputs_of, tensors, strict=True):
+                host, value = self._host[spec.name][: len(array)], self._inputs[spec.name]
                 np.copyto(host, array)
                 value.update_inplace(host)
                 # Anew each time: a node that is left to the CPU gets a copy, which is made when the input is bound.
                 self._io.bind_ortvalue_input(spec.name, value)
-            maps = self._host["maps"][:n]
-            self._io.bind_output("maps", "cpu", 0, maps.dtype, maps.shape, maps.ctypes.data)
+            output = self._host[self._output.name][:n]
+            self._io.bind_output(self._output.name, "cpu", 0, output.dtype, output.shape, output.ctypes.data)
             self._session.run_with_iobinding(self._io)
-            maps = maps.copy()
+            output = output.copy()
         except BaseException:
             self.free()
             raise
         if n > KEPT_IMAGES:
             self.free()
-        return maps
+        return output
 
     def free(self) -> None:
         """Give its memory back; the next call takes new."""
@@ -219,18 +235,17 @@ class _Binding:
         self._inputs.clear()
         while self._host:
             self._memory.free(self._host.popitem()[1])
-        self._most = 0
 
-    def _fit(self, n: int) -> None:
-        """Have host buffers for n images at least, and device memory for exactly n."""
-        if n > self._most:
+    def _fit(self, lengths: Sequence[int]) -> None:
+        """Have host buffers of these lengths at least, and device memory of exactly these."""
+        wanted = [*zip(self._inputs_of, lengths, strict=True), (self._output, lengths[0])]
+        if any(spec.name not in self._host or len(self._host[spec.name]) < length for spec, length in wanted):
             self.free()
-            most = 1 << (n - 1).bit_length()  # groups that grow one by one need few allocations
-            for spec in (*INPUTS, *OUTPUTS):
+            for spec, length in wanted:
+                most = 1 << (length - 1).bit_length()  # groups that grow one by one need few allocations
                 self._host[spec.name] = self._memory.allocate((most, *spec.sizes), spec.dtype)
-            self._most = most
-        for spec in INPUTS:
-            shape = [n, *spec.sizes]
+        for spec, length in wanted[:-1]:
+            shape = [length, *spec.sizes]
             if spec.name not in self._inputs or self._inputs[spec.name].shape() != shape:
                 create = self._ort.OrtValue.ortvalue_from_shape_and_type
                 self._inputs[spec.name] = create(shape, np.dtype(spec.dtype).type, DEVICE, self._device)

@@ -1,9 +1,9 @@
 """TensorRT and TensorRT-RTX engines, built by us or by anybody, through page-locked buffers on CUDA streams.
 
-A *slot* is all that one group needs on its way through the device: an execution context, a stream, an event,
-page-locked host buffers and device buffers for the largest group of any profile, allocated once. A group's copies in,
+A *slot* is all that one call needs on its way through the device: an execution context, a stream, an event,
+page-locked host buffers and device buffers for the largest tensors of any profile, allocated once. A call's copies in,
 its execution and its copies out are queued on its slot's stream; the only wait is for the event behind them. With two
-slots the next group's images are copied in while this one is computed.
+slots the next call's images are copied in while this one is computed.
 """
 
 import hashlib
@@ -21,13 +21,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.contract import INPUTS, OUTPUTS, TensorSpec, check_contract
+from runtime.contract import ENGINE_NAME, Interface, TensorSpec, check_contract
 from runtime.cuda import Capture, Cuda
 from runtime.errors import DependencyError, ICNetError, ModelError
 
 logger = logging.getLogger(__name__)
 
-Profile = tuple[int, int, int]  # the smallest, the best and the largest group
+Range = tuple[int, int, int]  # the smallest, the best and the largest length of a tensor's first axis
+Profile = tuple[Range, ...]  # of each input
+Lengths = tuple[int, ...]  # likewise, those of a call
 
 
 class TensorRTBackend:
@@ -54,11 +56,15 @@ class TensorRTBackend:
                 engine, trt = _deserialise(path, content)
                 specs = _specs(trt, engine)
                 inputs = [spec for spec, is_input in specs if is_input]
-                fixed = check_contract(path, inputs, [spec for spec, is_input in specs if not is_input])
-                self.profiles = [(fixed, fixed, fixed)] if fixed else _profiles(engine)
+                self.interface = check_contract(path, inputs, [spec for spec, is_input in specs if not is_input])
+                self.profiles = _profiles(engine, self.interface)
+                self._images = len(self.interface.inputs) - (self.interface.kind == "banked")  # inputs of length N
+                self.largest: int | None = max(high for _, high in self._ranges())
+                name = str(getattr(engine, "name", ""))
+                self.weights = name.removeprefix(ENGINE_NAME) if name.startswith(ENGINE_NAME) else None
                 slots_made = []
                 for _ in range(self.slots):
-                    slots_made.append(_Slot(cuda, trt, engine, self.profiles, graphs))
+                    slots_made.append(_Slot(cuda, trt, engine, self.interface, self.profiles, graphs))
                     stack.callback(slots_made[-1].free)
                 self._pool = _Pool(cuda, slots_made)
                 stack.pop_all()  # from here on the pool frees them
@@ -67,18 +73,27 @@ class TensorRTBackend:
             raise
         self._finalizer = weakref.finalize(self, self._pool.close)
 
-    def check_group(self, images: int) -> None:
-        """Raise ModelError unless some profile takes a group of so many images."""
-        if not any(low <= images <= high for low, _, high in self.profiles):
-            ranges = ", ".join(f"{low} to {high}" if low < high else str(low) for low, _, high in self.profiles)
+    def check_group(self, images: int, bank: int = 1) -> None:
+        """Raise ModelError unless some profile takes so many images at once, and a bank of so many SIVs."""
+        if not any(low <= images <= high for low, high in self._ranges()):
             raise ModelError(
-                f"{self.path}: built for groups of {ranges} images, got {images}; "
+                f"{self.path}: built for groups of {_either(self._ranges())} images, got {images}; "
                 f"rebuild it with a profile that holds {images}: icnet build --max {images}"
             )
+        if self.interface.kind == "banked" and not any(_fits(p, (images, images, bank)) for p in self.profiles):
+            raise ModelError(
+                f"{self.path}: built for banks of {_either([(p[2][0], p[2][2]) for p in self.profiles])} images, got "
+                f"{bank}; rebuild it with a profile that holds {bank}: icnet build --max-bank {bank}"
+            )
 
-    def submit(self, images: NDArray[np.uint8], sisms: NDArray[np.uint8]) -> "Pending":
-        """Queue a group: uint8 [N, 224, 224, 3], uint8 [N, 224, 224]. Returns at once if a slot is free."""
-        return self._pool.submit(images, sisms)
+    def _ranges(self) -> list[tuple[int, int]]:
+        """The smallest and the largest number of images of each profile."""
+        inputs = [profile[: self._images] for profile in self.profiles]
+        return [(max(low for low, _, _ in ranges), min(high for _, _, high in ranges)) for ranges in inputs]
+
+    def submit(self, *tensors: NDArray[Any]) -> "Pending":
+        """Queue a call: a tensor for each of the interface's inputs. Returns at once if a slot is free."""
+        return self._pool.submit(*tensors)
 
     def close(self) -> None:
         """Wait for the groups in flight and free everything."""
@@ -92,25 +107,25 @@ class Pending:
         self._pool, self._images = pool, images
         self._slot: _Slot | None = slot
         self._lock = threading.Lock()
-        self._maps: NDArray[np.float32] | None = None
+        self._output: NDArray[np.float32] | None = None
         self._error: BaseException | None = None
 
     def result(self) -> NDArray[np.float32]:
-        """Wait for the group: float32 [N, 224, 224]."""
+        """Wait for the group: the model's output."""
         self.finish()
         if self._error is not None:
             raise self._error
-        assert self._maps is not None
-        return self._maps
+        assert self._output is not None
+        return self._output
 
     def finish(self) -> None:
-        """Wait, take the maps out of the slot and give the slot back; an error is kept for `result`."""
+        """Wait, take the output out of the slot and give the slot back; an error is kept for `result`."""
         with self._lock:
             if self._slot is None:
                 return
             slot, self._slot = self._slot, None
             try:
-                self._maps = slot.wait(self._images)
+                self._output = slot.wait(self._images)
             except Exception as error:
                 self._error = ModelError(f"the GPU failed on a group of {self._images}: {error}")
             self._pool.give_back(self, slot)
@@ -127,17 +142,17 @@ class _Pool:
         self._changed = threading.Condition()
         self._closed = False
 
-    def submit(self, images: NDArray[np.uint8], sisms: NDArray[np.uint8]) -> Pending:
+    def submit(self, *tensors: NDArray[Any]) -> Pending:
         slot = self._acquire()
         try:
             with self._cuda:
-                slot.queue(images, sisms)
+                slot.queue(*tensors)
         except BaseException:
             with self._changed:
                 self._free.append(slot)
                 self._changed.notify_all()
             raise
-        pending = Pending(self, slot, len(images))
+        pending = Pending(self, slot, len(tensors[0]))
         with self._changed:
             self._in_flight.append(pending)
             self._changed.notify_all()
@@ -182,20 +197,23 @@ class _Pool:
 class _Slot:
     """One group's way through the device. Whatever it allocates, it allocates here."""
 
-    def __init__(self, cuda: Cuda, trt: Any, engine: Any, profiles: Sequence[Profile], graphs: int) -> None:
+    def __init__(
+        self, cuda: Cuda, trt: Any, engine: Any, interface: Interface, profiles: Sequence[Profile], graphs: int
+    ) -> None:
         self._cuda, self._trt, self._engine, self._profiles = cuda, trt, engine, profiles
+        self._inputs, self._output = interface.inputs, interface.output
         self._use_graphs = graphs > 0
         self._captures_itself = hasattr(trt, "CudaGraphStrategy")  # TensorRT-RTX does, for any shape
         self._most_graphs = 0 if self._captures_itself else graphs
-        self._graphs: dict[int, Capture] = {}
+        self._graphs: dict[Lengths, Capture] = {}
         self._captured: list[Any] = []  # the graphs' contexts, which must outlive them
-        self._seen: Counter[int] = Counter()
+        self._seen: Counter[Lengths] = Counter()
         self._host: dict[str, NDArray[Any]] = {}
         self._device: dict[str, Any] = {}
-        largest = max(high for _, _, high in profiles)
+        largest = [max(high for _, _, high in ranges) for ranges in zip(*profiles, strict=True)]
         with ExitStack() as stack:
-            for spec in (*INPUTS, *OUTPUTS):
-                buffer = cuda.pinned((largest, *spec.sizes), spec.dtype)
+            for spec, length in zip((*self._inputs, self._output), (*largest, largest[0]), strict=True):
+                buffer = cuda.pinned((length, *spec.sizes), spec.dtype)
                 stack.callback(cuda.free_pinned, buffer)
                 memory = cuda.allocate(buffer.nbytes)
                 stack.callback(memory.free)
@@ -216,26 +234,26 @@ class _Slot:
         del self._plain, self._engine, self._stream, self._event  # contexts go before the memory that they work on
         self._buffers.close()
 
-    def queue(self, images: NDArray[np.uint8], sisms: NDArray[np.uint8]) -> None:
-        """Queue copies in, execution and copies out of a group, and the event that ends them."""
-        n = len(images)
-        np.copyto(self._host["images"][:n], images)
-        np.copyto(self._host["sisms"][:n], sisms)
-        self._seen[n] += 1
-        if n not in self._graphs and self._seen[n] == 2 and len(self._graphs) < self._most_graphs:
-            self._capture(n)
-        if n in self._graphs:
-            self._graphs[n].launch()
+    def queue(self, *tensors: NDArray[Any]) -> None:
+        """Queue copies in, execution and copies out of a call, and the event that ends them."""
+        lengths = tuple(len(array) for array in tensors)
+        for spec, array in zip(self._inputs, tensors, strict=True):
+            np.copyto(self._host[spec.name][: len(array)], array)
+        self._seen[lengths] += 1
+        if lengths not in self._graphs and self._seen[lengths] == 2 and len(self._graphs) < self._most_graphs:
+            self._capture(lengths)
+        if lengths in self._graphs:
+            self._graphs[lengths].launch()
         else:
-            self._prepare(self._plain, n)
-            self._enqueue(self._plain, n)
+            self._prepare(self._plain, lengths)
+            self._enqueue(self._plain, lengths)
         self._event.record(self._stream)
 
     def wait(self, n: int) -> NDArray[np.float32]:
-        """Wait for the queued group; its maps, out of the slot's buffer."""
+        """Wait for the queued call; its output, out of the slot's buffer."""
         with self._cuda:
             self._event.synchronize()
-        return self._host["maps"][:n].copy()
+        return self._host[self._output.name][:n].copy()
 
     def _context(self) -> Any:
         """An execution context on the slot's scratch memory."""
@@ -255,41 +273,45 @@ class _Slot:
             context.set_tensor_address(name, int(memory))
         return context
 
-    def _prepare(self, context: Any, n: int) -> None:
-        """Choose the profile that fits a group of n most closely, and set the shapes."""
-        fitting = [(high, index) for index, (low, _, high) in enumerate(self._profiles) if low <= n <= high]
+    def _prepare(self, context: Any, lengths: Lengths) -> None:
+        """Choose the profile that fits a call most closely, and set the shapes."""
+        fitting = [
+            ([high for _, _, high in profile], index)
+            for index, profile in enumerate(self._profiles)
+            if _fits(profile, lengths)
+        ]
         _, index = min(fitting)
         if context.active_optimization_profile != index:
             context.set_optimization_profile_async(index, self._stream.handle)
-        for spec in INPUTS:
-            context.set_input_shape(spec.name, (n, *spec.sizes))
+        for spec, length in zip(self._inputs, lengths, strict=True):
+            context.set_input_shape(spec.name, (length, *spec.sizes))
 
-    def _enqueue(self, context: Any, n: int) -> None:
-        for spec in INPUTS:
-            self._cuda.copy_in(self._device[spec.name], self._host[spec.name][:n], self._stream)
+    def _enqueue(self, context: Any, lengths: Lengths) -> None:
+        for spec, length in zip(self._inputs, lengths, strict=True):
+            self._cuda.copy_in(self._device[spec.name], self._host[spec.name][:length], self._stream)
         if not context.execute_async_v3(self._stream.handle):
-            raise ModelError(f"TensorRT refused to run a group of {n}")
-        for spec in OUTPUTS:
-            self._cuda.copy_out(self._host[spec.name][:n], self._device[spec.name], self._stream)
+            raise ModelError(f"TensorRT refused to run a group of {lengths[0]}")
+        name = self._output.name
+        self._cuda.copy_out(self._host[name][: lengths[0]], self._device[name], self._stream)
 
-    def _capture(self, n: int) -> None:
-        """Capture a group of n as a graph, on a context of its own, which nothing changes afterwards."""
+    def _capture(self, lengths: Lengths) -> None:
+        """Capture calls of these lengths as a graph, on a context of its own, which nothing changes afterwards."""
         capture = self._cuda.capture(self._stream)
         if capture is None:
             self._most_graphs = 0
             return
         context = self._context()
-        self._prepare(context, n)
-        self._enqueue(context, n)  # TensorRT finishes its set-up for a shape in the first, uncaptured run
+        self._prepare(context, lengths)
+        self._enqueue(context, lengths)  # TensorRT finishes its set-up for a shape in the first, uncaptured run
         self._stream.synchronize()
         try:
             with capture:
-                self._enqueue(context, n)
+                self._enqueue(context, lengths)
         except ModelError as error:
             logger.warning("no CUDA graphs: %s", str(error))
             self._most_graphs = 0
             return
-        self._graphs[n] = capture
+        self._graphs[lengths] = capture
         self._captured.append(context)
 
 
@@ -351,11 +373,22 @@ def _specs(trt: Any, engine: Any) -> list[tuple[TensorSpec, bool]]:
     return specs
 
 
-def _profiles(engine: Any) -> list[Profile]:
-    """Per profile the smallest, best and largest group that all inputs take."""
-    profiles = []
-    for index in range(engine.num_optimization_profiles):
-        shapes = [engine.get_tensor_profile_shape(spec.name, index) for spec in INPUTS]  # per input: min, opt, max
-        low, best, high = ([shape[i][0] for shape in shapes] for i in range(3))
-        profiles.append((max(low), min(best), min(high)))
-    return profiles
+def _profiles(engine: Any, interface: Interface) -> list[Profile]:
+    """Per profile, what each input takes; a fixed axis is a range of one."""
+
+    def lengths(spec: TensorSpec, index: int) -> Range:
+        if isinstance(spec.shape[0], int):
+            return (spec.shape[0],) * 3
+        low, best, high = (int(shape[0]) for shape in engine.get_tensor_profile_shape(spec.name, index))
+        return low, best, high
+
+    count = engine.num_optimization_profiles if any(not isinstance(s.shape[0], int) for s in interface.inputs) else 1
+    return [tuple(lengths(spec, index) for spec in interface.inputs) for index in range(count)]
+
+
+def _fits(profile: Profile, lengths: Lengths) -> bool:
+    return all(low <= length <= high for (low, _, high), length in zip(profile, lengths, strict=True))
+
+
+def _either(ranges: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"{low} to {high}" if low < high else str(low) for low, high in dict.fromkeys(ranges))
