@@ -1,5 +1,6 @@
 """Run an exported ICNet in production: no torch, and no engine until a `Predictor` is made."""
 
+from runtime.bank import Bank
 from runtime.errors import (
     CheckpointError,
     DependencyError,
@@ -13,6 +14,7 @@ from runtime.predictor import Predictor
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bank",
     "CheckpointError",
     "DependencyError",
     "ICNetError",

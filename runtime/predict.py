@@ -1,18 +1,22 @@
 """`icnet predict`: folders of images in, folders of co-saliency maps and contact sheets out."""
 
 import argparse
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from runtime.bank import Bank
 from runtime.contact_sheet import contact_sheet
-from runtime.errors import ICNetError, InputError
-from runtime.files import digest
+from runtime.errors import ICNetError, InputError, ModelError
+from runtime.files import bank_files, digest
 from runtime.groups import Group, find_groups
 from runtime.predictor import Predictor
 from runtime.preprocess import image_tensor, restore_map, sism_tensor
@@ -20,23 +24,41 @@ from runtime.results import SHEET, GroupResults
 from runtime.sisms import builtin_sism
 
 BUILTIN = "builtin"
+GROUPS_AT_ONCE = 16  # read, computed and written in threads with --pack
+
+Predict = Callable[[NDArray[np.uint8], NDArray[np.uint8]], NDArray[np.float32]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `icnet predict`."""
     parser.add_argument("path", type=Path, help="a folder of images (one group), or a data set with img/GROUP/ folders")
-    parser.add_argument("--model", type=Path, required=True, help="an exported model, e.g. icnet.onnx")
-    parser.add_argument(
-        "--sisms",
-        metavar="DIR",
-        help="folder with a SISM NAME.png per image (a data set: GROUP/NAME.png; default PATH/sism); "
-        f"or '{BUILTIN}': OpenCV's static saliency, a weak stand-in",
-    )
+    add_model_arguments(parser)
     parser.add_argument(
         "--output", type=Path, required=True, help="folder for GROUP/NAME.png maps and GROUP/contact_sheet.jpg"
     )
     parser.add_argument(
         "--resume", action="store_true", help="keep the groups that are finished there and would come out the same"
+    )
+    several = parser.add_mutually_exclusive_group()
+    several.add_argument(
+        "--pack", action="store_true", help="several groups in one call; takes a model from icnet export --packed"
+    )
+    several.add_argument("--bank", type=Path, help="compare each image with this bank, from icnet bank, not its group")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that `icnet bank` has too."""
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        help="an exported model, e.g. icnet.onnx; icnet.intra.onnx and icnet.banked.onnx beside it are its bank export",
+    )
+    parser.add_argument(
+        "--sisms",
+        metavar="DIR",
+        help="folder with a SISM NAME.png per image (a data set: GROUP/NAME.png; default PATH/sism); "
+        f"or '{BUILTIN}': OpenCV's static saliency, a weak stand-in",
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
 
@@ -51,27 +73,41 @@ def run(args: argparse.Namespace) -> int:
         ICNetError: nothing could be started.
     """
     groups = find_groups(args.path, sism_folder(args.path, args.sisms))
+    bank = None if args.bank is None else Bank.load(args.bank)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     failed = skipped = 0
-    with Predictor(args.model, threads=args.threads) as predictor:
-        model = args.model, digest(args.model)
+    with open_predictor(args.model, args.threads, banks_only=bank is not None) as predictor:
+        if args.pack and not predictor.packed:
+            raise InputError(
+                f"{args.model}: takes one group at a time; --pack takes a model from icnet export --packed"
+            )
+        model = Path(predictor.path), digest(Path(predictor.path))
+
+        def work(group: Group) -> bool:
+            """Predict a group; whether that was to be done."""
+            if group.problem is not None:
+                raise group.problem
+            results = GroupResults(args.output / group.name, group, model, args.bank)
+            if args.resume and results.finished():
+                return False
+            predict_group(partial(predictor.predict_tensors, bank=bank), group, results)
+            return True
+
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("", total=len(groups))
-            for group in groups:
-                progress.update(bar, description=escape(group.name))
-                try:
-                    if group.problem is not None:
-                        raise group.problem
-                    results = GroupResults(args.output / group.name, group, model)
-                    if args.resume and results.finished():
-                        skipped += 1
-                    else:
-                        predict_group(predictor, group, results)
-                except ICNetError as error:
-                    failed += 1
-                    console.print(f"icnet predict: error: {error}", style="red", markup=False)
-                progress.advance(bar)
+        pool = ThreadPoolExecutor(GROUPS_AT_ONCE if args.pack else 1)
+        try:
+            with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+                bar = progress.add_task("", total=len(groups))
+                for group, done in [(group, pool.submit(work, group)) for group in groups]:
+                    progress.update(bar, description=escape(group.name))
+                    try:
+                        skipped += not done.result()
+                    except ICNetError as error:
+                        failed += 1
+                        console.print(f"icnet predict: error: {error}", style="red", markup=False)
+                    progress.advance(bar)
+        finally:
+            pool.shutdown(cancel_futures=True)
     if skipped:
         print(f"{skipped} of {len(groups)} groups were finished already")
     if failed and len(groups) > 1:
@@ -82,18 +118,46 @@ def run(args: argparse.Namespace) -> int:
     return 2 if failed else 0
 
 
-def predict_group(predictor: Predictor, group: Group, results: GroupResults) -> None:
+def predict_group(predict: Predict, group: Group, results: GroupResults) -> None:
     """Write a map for every image (8-bit grey, of its own size), then the group's contact sheet."""
     results.begin()
-    images, sizes = zip(*map(image_tensor, group.images), strict=True)
-    sisms = [builtin_sism(i) for i in images] if group.sisms is None else [sism_tensor(s) for s in group.sisms]
-    maps = predictor.predict_tensors(np.stack(images), np.stack(sisms))
+    images, sisms, sizes = read_group(group)
+    maps = predict(images, sisms)
     for source, tensor, size in zip(group.images, maps, sizes, strict=True):
         grey = np.rint(restore_map(tensor, size) * 255).astype(np.uint8)
         results.write(f"{source.stem}.png", Image.fromarray(grey).save)
-    sheet = contact_sheet(np.stack(images), np.stack(sisms), maps, sizes, group.name)
+    sheet = contact_sheet(images, sisms, maps, sizes, group.name)
     results.write(SHEET, partial(sheet.save, quality=90))
     results.finish()
+
+
+def read_group(group: Group) -> tuple[NDArray[np.uint8], NDArray[np.uint8], Sequence[tuple[int, int]]]:
+    """A group's images and SISMs as the network's tensors, and the images' own (width, height)."""
+    images, sizes = zip(*map(image_tensor, group.images), strict=True)
+    sisms = [builtin_sism(i) for i in images] if group.sisms is None else [sism_tensor(s) for s in group.sisms]
+    return np.stack(images), np.stack(sisms), sizes
+
+
+def open_predictor(model: Path, threads: int | None, banks_only: bool) -> Predictor:
+    """The Predictor of a model and of the bank export beside it, if there is one.
+
+    Args:
+        model: a model file; or the name that a bank export was given, which has no file of that name.
+        threads: CPU threads.
+        banks_only: leave the model itself out.
+
+    Raises:
+        ModelError: no such files, or they can't be used.
+    """
+    banks = bank_files(model)
+    missing = [file for file in banks if not file.exists()]
+    if banks_only and missing:
+        raise ModelError(f"{missing[0]}: no such file; make it with icnet export --banked --output {model}")
+    return Predictor(
+        None if banks_only or (not model.exists() and not missing) else model,
+        bank=None if missing else banks,
+        threads=threads,
+    )
 
 
 def sism_folder(path: Path, sisms: str | None) -> Path | None:

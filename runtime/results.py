@@ -25,18 +25,19 @@ class GroupResults:
         folder: where they go.
         group: the group.
         model: the model file, and its digest.
+        bank: the bank that the images were compared with, if not with each other.
     """
 
-    def __init__(self, folder: Path, group: Group, model: tuple[Path, str]) -> None:
+    def __init__(self, folder: Path, group: Group, model: tuple[Path, str], bank: Path | None = None) -> None:
         self.folder = folder
-        self._inputs = [model[0], *group.images, *(group.sisms or ())]
+        self._inputs = [model[0], *group.images, *(group.sisms or ()), *([bank] if bank else [])]
         names = [*(f"{image.stem}.png" for image in group.images), SHEET]
         self._digests: dict[str, str | None] = dict.fromkeys(names)
-        self._made_from = {
+        self._made_from: dict[str, Any] = {
             "model": model[1],
             "images": {image.name: digest(image) for image in group.images},
             "sisms": "builtin" if group.sisms is None else {sism.name: digest(sism) for sism in group.sisms},
-        }
+        } | ({"bank": digest(bank)} if bank else {})
 
     def finished(self) -> bool:
         """Whether the folder holds, untouched, what this group and model gave an earlier run."""

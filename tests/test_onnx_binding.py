@@ -14,6 +14,7 @@ from export.to_onnx import write_onnx
 from runtime import DependencyError, ICNetError, ModelError, Predictor
 from runtime.backends import onnx as backend
 from runtime.backends.onnx import CPU, KEPT_IMAGES, MOST_BINDINGS
+from runtime.files import bank_files
 
 BUFFERS = 3  # images, sisms and maps
 
@@ -176,3 +177,19 @@ def test_no_such_gpu_and_no_driver(gpu, small_model, monkeypatch):
     monkeypatch.setattr("ctypes.CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
     with pytest.raises(DependencyError, match=r"no NVIDIA driver on this machine \(.*cuda.*\): a GPU is needed"):
         Predictor(small_model)
+
+
+def test_packs_and_banks_go_through_bindings(gpu, exports, expected):
+    groups = [tensors for tensors, _ in expected]
+    with (
+        Predictor(exports.with_name("icnet.packed.onnx"), threads=1, max_images=8) as packed,
+        Predictor(bank=bank_files(exports), threads=1, max_images=4) as banks,
+    ):
+        for found, (tensors, maps) in zip(packed.predict_groups(groups), expected, strict=True):
+            np.testing.assert_allclose(np.stack(found), maps, atol=2e-2)
+            np.testing.assert_allclose(banks.predict_tensors(*tensors), maps, atol=2e-2)
+            bank = banks.bank(*tensors)
+            np.testing.assert_allclose(np.stack(banks.against(bank, *tensors)), maps, atol=2e-2)
+        assert gpu.alive["page-locked memory"] == 4 + 3 + 4
+    gc.collect()
+    assert gpu.leaks() == {}

@@ -13,8 +13,9 @@ import pytest
 from conftest import BIRDS, random_network
 from simulated_gpu import FREED, Gpu, Violation, engine_file, install
 
-from export.to_onnx import write_onnx
+from export.to_onnx import weights_digest, write_onnx
 from runtime import DependencyError, ICNetError, InputError, ModelError, Predictor
+from runtime.files import bank_files
 
 PROFILES = [(1, 1, 1), (2, 4, 6), (4, 8, 12)]
 PHOTOS = sorted(BIRDS.glob("*.jpg"))
@@ -385,6 +386,74 @@ def test_without_a_driver(engine, monkeypatch, tmp_path):
         monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(DependencyError, match="no NVIDIA driver"):
         Predictor(engine)
+
+
+@pytest.fixture
+def bank_engines(exports, tmp_path):
+    """Engines of a bank export, for up to 4 images, and banks of 2 to 9 in one profile and up to 40 in the other."""
+    intra, banked = bank_files(exports)
+    bank = [{"images": (1, 4, 4), "sisms": (1, 4, 4), "bank": sizes} for sizes in ((2, 5, 9), (1, 9, 40))]
+    name = "icnet " + weights_digest(random_network(1 / 32))
+    return (
+        engine_file(tmp_path / "icnet.intra.engine", intra, [(1, 4, 4)], name=name),
+        engine_file(tmp_path / "icnet.banked.engine", banked, bank, name=name),
+    )
+
+
+def test_packed_engines(any_gpu, exports, tmp_path, expected):
+    engine = engine_file(tmp_path / "x.engine", exports.with_name("icnet.packed.onnx"), [(1, 8, 16), (1, 1, 4)])
+    rng = random.Random(0)
+    stream = [rng.choice(expected) for _ in range(20)]
+    with Predictor(engine) as predictor, ThreadPoolExecutor(8) as pool:
+        for found, (_, maps) in zip(predictor.predict_groups([group for group, _ in stream]), stream, strict=True):
+            np.testing.assert_allclose(np.stack(found), maps, atol=2e-2)
+        calls = [images for operation, _, images in any_gpu.log if operation == "execute"]
+        found = pool.map(lambda call: predictor.predict_tensors(*call[0]), stream)
+        for one, (_, maps) in zip(found, stream, strict=True):
+            np.testing.assert_allclose(one, maps, atol=2e-2)
+        with pytest.raises(
+            ModelError, match=r"groups of 1 to 16, 1 to 4 images, got 17; .*--max 17; or run it in chunks"
+        ):
+            predictor.predict_tensors(*group(17))
+    if not any_gpu.bindings:  # otherwise replayed graphs are not in the log
+        assert len(calls) < 15
+        assert sum(calls) == sum(len(maps) for _, maps in stream)
+    assert max(calls) <= 16
+    gc.collect()
+    assert any_gpu.leaks() == {}
+
+
+def test_bank_engines(any_gpu, bank_engines, expected):
+    with Predictor(bank=bank_engines) as predictor:
+        for _ in range(3):
+            for tensors, maps in expected:
+                np.testing.assert_allclose(predictor.predict_tensors(*tensors), maps, atol=2e-2)
+        tensors, maps = expected[-1]
+        bank = predictor.bank(*tensors)
+        assert bank.model == weights_digest(random_network(1 / 32))
+        np.testing.assert_allclose(np.stack(predictor.against(bank, *tensors)), maps, atol=2e-2)
+        with pytest.raises(ModelError, match=r"banks of 2 to 9, 1 to 40 images, got 48; .* icnet build --max-bank 48"):
+            predictor.against(bank + bank + bank + bank, *tensors)
+        with pytest.raises(ModelError, match="banks of 2 to 9, 1 to 40 images, got 41"):
+            predictor.predict_tensors(*group(41))
+    gc.collect()
+    assert any_gpu.leaks() == {}
+
+
+def test_an_engine_and_its_bank_export(gpu, engine, bank_engines, small_model):
+    with Predictor(engine, bank=bank_engines) as predictor, Predictor(small_model, threads=1) as cpu:
+        for n in (12, 13, 30):
+            np.testing.assert_allclose(predictor.predict_tensors(*group(n)), cpu.predict_tensors(*group(n)), atol=2e-2)
+    gc.collect()
+    assert gpu.leaks() == {}
+
+
+def test_an_error_in_the_second_of_three_models_frees_the_first(gpu, engine, bank_engines):
+    bank_engines[1].write_bytes(b"something else")
+    with pytest.raises(ModelError, match="Magic tag"):
+        Predictor(engine, bank=bank_engines)
+    gc.collect()
+    assert gpu.leaks() == {}
 
 
 class TestTheSimulationIsStrict:
