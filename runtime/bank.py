@@ -56,8 +56,8 @@ class Bank:
         """The number of images in it."""
         return len(self.sivs)
 
-    def __getitem__(self, rows: slice | Sequence[int] | NDArray[Any]) -> "Bank":
-        """The bank of some of its images: a slice, indices, or a bool per image."""
+    def __getitem__(self, rows: int | slice | Sequence[int] | NDArray[Any]) -> "Bank":
+        """The bank of some of its images: an index, several, a slice, or a bool per image."""
         return Bank(np.atleast_2d(self.sivs[rows]), self.model, self.name)
 
     def __add__(self, other: "Bank") -> "Bank":

@@ -79,11 +79,11 @@ class Predictor:
     ) -> None:
         if bank is not None and not (isinstance(bank, tuple | list) and len(bank) == 2):
             raise InputError("bank: expected two paths, (intra, banked)")
-        files = [*(bank or ())] if model is None and bank else [model, *(bank or ())]
-        for file in files:
+        paths: list[Path] = []
+        for file in (*([] if model is None and bank else [model]), *(bank or ())):
             if not isinstance(file, str | os.PathLike) or not isinstance(os.fspath(file), str):
                 raise InputError(f"model: expected a path, got {type(file).__name__}")
-        paths = [Path(str(file)) for file in files]
+            paths.append(Path(os.fspath(file)))
         if threads is not None and not (isinstance(threads, int) and 1 <= threads <= MAX_THREADS):
             raise InputError(f"threads={threads!r}: expected 1 to {MAX_THREADS}, or None for one per core")
         if not (isinstance(slots, int) and slots >= 2):

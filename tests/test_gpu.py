@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 from conftest import random_network
 
-from export.build_engine import Profile, build_engine
+from export.build_engine import Options, Profile, build_engine
 from export.fp16 import half_precision
 from export.to_onnx import write_onnx
 from runtime import ICNetError, Predictor
@@ -152,3 +152,25 @@ def test_a_stream_of_groups_equals_one_by_one(engine):
     with Predictor(engine[0]) as predictor:
         for tensors, maps in zip(groups, predictor.predict_groups(groups), strict=True):
             np.testing.assert_allclose(np.stack(maps), predictor.predict_tensors(*tensors), atol=1e-2)
+
+
+def test_packed_and_bank_engines_give_the_maps_of_the_plain_one(engine):
+    path, onnx_path, precision = engine
+    network = random_network(0.25)
+    typed = half_precision(network) if precision == "fp16" else network
+    engines = {}
+    for kind in ("packed", "intra", "banked"):
+        write_onnx(typed, onnx_path.with_name(f"{kind}.onnx"), kind)
+        engines[kind] = onnx_path.with_name(f"{kind}.engine")
+        options = Options(bank=Profile(1, 5, 40) if kind == "banked" else None)
+        build_engine(onnx_path.with_name(f"{kind}.onnx"), engines[kind], [Profile(1, 8, 8)], options)
+    groups = [group(n) for n in (2, 4, 2, 5, 1, 8, 4, 3)]
+    worst = {"fp32": 2e-3, "fp16": 2e-2}[precision]
+    with (
+        Predictor(path) as plain,
+        Predictor(engines["packed"], bank=(engines["intra"], engines["banked"])) as predictor,
+    ):
+        for tensors, maps in zip(groups, predictor.predict_groups(groups), strict=True):
+            assert np.abs(np.stack(maps) - plain.predict_tensors(*tensors)).mean() < worst
+        large = group(16)
+        assert np.abs(predictor.predict_tensors(*large) - plain.predict_tensors(*large)).mean() < worst
