@@ -70,7 +70,9 @@ class ExportedModel:
         graph = self.model.graph
         if any("Quantize" in n.op_type or n.op_type.startswith("QLinear") for n in graph.node):
             raise ModelError(f"{path}: is quantised already; calibrate the export that it was made from")
-        check_contract(path, [_spec(v) for v in graph.input], [_spec(v) for v in graph.output])
+        kind = check_contract(path, [_spec(v) for v in graph.input], [_spec(v) for v in graph.output]).kind
+        if kind != "plain":
+            raise ModelError(f"{path}: a {kind} export; calibrate a plain one (without --packed and --banked)")
         weights = {i.name: i for i in graph.initializer}
         self.layers = _layers(self.model)
         missing = {*FLOAT_LAYERS, "refine_1.merge_conv.0"} - {layer.name for layer in self.layers}

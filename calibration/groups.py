@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from runtime.errors import InputError
 from runtime.files import digest
 from runtime.groups import Group, find_groups
-from runtime.preprocess import image_tensor, sism_tensor
-from runtime.sisms import builtin_sism
+from runtime.predict import read_group
 
 Feeds = dict[str, NDArray[np.uint8]]
 
@@ -47,9 +46,8 @@ def read(group: Group) -> Feeds:
     """
     if group.problem is not None:
         raise group.problem
-    images = np.stack([image_tensor(image)[0] for image in group.images])
-    sisms = [builtin_sism(i) for i in images] if group.sisms is None else [sism_tensor(s) for s in group.sisms]
-    return {"images": images, "sisms": np.stack(sisms)}
+    images, sisms, _ = read_group(group)
+    return {"images": images, "sisms": sisms}
 
 
 def open_groups(

@@ -43,19 +43,11 @@ def intra(exported, tmp_path_factory):
     return path
 
 
-def test_tensorrt_parses_and_builds_it(exported):
-    size, errors = build_with_tensorrt(exported[0], profile=(1, 5, 32))
-    assert errors == []
-    assert size > exported[0].stat().st_size / 2
-
-
-def test_tensorrt_takes_the_intra_file(intra):
-    if intra is None:
-        pytest.skip("not a bank export")
-    size, errors = build_with_tensorrt(intra)
-    assert errors == []
-    assert size > intra.stat().st_size / 2
-    assert {value.name for value in onnx.load(intra).graph.output} == {"sivs"}
+def test_tensorrt_parses_and_builds_it(exported, intra):
+    for path in (exported[0], intra) if intra else exported[:1]:
+        size, errors = build_with_tensorrt(path, profile=(1, 5, 32))
+        assert errors == []
+        assert size > path.stat().st_size / 2
 
 
 def test_tensorrt_refuses_the_papers_network(tmp_path):

@@ -76,3 +76,15 @@ def test_half_precision_keeps_the_order_of_the_pixels():
     with torch.inference_mode():
         maps = [Uint8Interface(n)(images, sisms) for n in (network, half_precision(network))]
     assert (maps[0] - maps[1]).abs().mean() < 1e-3
+
+
+def test_what_int8_costs_is_what_was_measured():
+    text = (WEIGHTS.parent / "README.md").read_text()
+    rows = {row["name"]: row for row in json.loads((WEIGHTS / "int8.json").read_text())["datasets"][0]["maps"]}
+    for method in ("minmax", "percentile", "entropy"):
+        row = rows[f"int8.{method}.onnx"]
+        cells = " | ".join(f"{row[metric]:.3f}" for metric in METRICS)
+        assert any(f"`{method}`" in line and cells in line for line in text.splitlines()), method
+    found = json.loads((WEIGHTS / "int8_search.json").read_text())["found"]
+    assert f"{found['share']:.1%}".replace("%", " %") in text
+    assert max(rows["fp32.onnx"][key] - rows["int8.onnx"][key] for key in ("s", "max_f")) <= 0.005
