@@ -29,7 +29,7 @@ from rich.table import Table
 
 from benchmarks.accuracy import SISMS, versions
 from benchmarks.metrics import Scores
-from runtime import InputError, Predictor
+from runtime import Bank, InputError, Predictor
 from runtime.contact_sheet import contact_sheet
 from runtime.contract import SIZE
 from runtime.files import bank_files, digest, replacing
@@ -111,7 +111,7 @@ def measure(args: argparse.Namespace, maker: CutPaste, predictor: Predictor) -> 
         for i in progress.track(range(args.groups), description="groups"):
             group = _group(args, maker, i)
             images, sisms, masks = (t[-args.new :] for t in (group.images, group.sisms, group.masks))
-            bank = predictor.bank(group.images[: sizes[-1]], group.sisms[: sizes[-1]])
+            bank = _bank(predictor, group, sizes[-1])
             maps: dict[str, NDArray[Any]] = {SISMS: sisms, OWN: predictor.predict_tensors(images, sisms)}
             for size in sizes:
                 maps[str(size)] = predictor.predict_tensors(images, sisms, bank[:size])
@@ -130,6 +130,12 @@ def measure(args: argparse.Namespace, maker: CutPaste, predictor: Predictor) -> 
         "sizes": sizes,
         "scores": {label: {key: getattr(s.results(), key) for key in TITLES} for label, s in scores.items()},
     }
+
+
+def _bank(predictor: Predictor, group: Group, size: int) -> Bank:
+    """The bank of a group's first images; SISMs of 0 and 1 alone, which would be taken for a mistake, are black."""
+    sisms = [sism if sism.max() > 1 else np.zeros_like(sism) for sism in group.sisms[:size]]
+    return predictor.bank(group.images[:size], sisms)
 
 
 def table(results: Results) -> Table:
@@ -165,7 +171,7 @@ def draw(results: Results, path: Path) -> None:
 
 def show(predictor: Predictor, group: Group, size: int) -> Image.Image:
     """Images of a bank of `size`, and new images with their maps against it."""
-    bank = predictor.bank(group.images[:size], group.sisms[:size])
+    bank = _bank(predictor, group, size)
     images, sisms = group.images[size:][:SHOWN], group.sisms[size:][:SHOWN]
     maps = predictor.predict_tensors(images, sisms, bank)
     sheet = contact_sheet(images, sisms, maps, [(SIZE, SIZE)] * len(images), f"new, bank of {size}")

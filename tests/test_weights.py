@@ -88,3 +88,11 @@ def test_what_int8_costs_is_what_was_measured():
     found = json.loads((WEIGHTS / "int8_search.json").read_text())["found"]
     assert f"{found['share']:.1%}".replace("%", " %") in text
     assert max(rows["fp32.onnx"][key] - rows["int8.onnx"][key] for key in ("s", "max_f")) <= 0.005
+
+
+def test_how_large_a_bank_must_be_is_what_was_measured():
+    text = (WEIGHTS.parent / "README.md").read_text()
+    scores = json.loads((WEIGHTS / "banks.json").read_text())["scores"]
+    columns = ["1", "2", "5", "10", "20", "their own group", "SISMs"]
+    for label, metric in (("max F ↑", "max_f"), ("MAE ↓", "mae")):
+        assert f"| {label} | " + " | ".join(f"{scores[column][metric]:.3f}" for column in columns) + " |" in text
