@@ -195,7 +195,7 @@ class BankModels:
         while waiting or in_work:
             if waiting and len(in_work) < backend.slots:
                 chunk = waiting.popleft()
-                in_work.append((chunk, backend.submit(images[chunk], sisms[chunk], *bank)))
+                in_work.append((chunk, backend.submit(images[chunk], sisms[chunk], *bank, last=not waiting)))
                 continue
             chunk, pending = in_work.popleft()
             found = pending.result()

@@ -93,11 +93,11 @@ class Predictor:
         if not (isinstance(max_delay_ms, int | float) and 0 <= max_delay_ms < math.inf):
             raise InputError(f"max_delay_ms={max_delay_ms!r}: expected milliseconds from 0")
 
-        def start(path: Path, frugal: bool = False) -> Backend:
+        def start(path: Path) -> Backend:
             if path.suffix.lower() in ENGINE_SUFFIXES:
                 backend: Backend = TensorRTBackend(path, slots=slots, device=device)
             else:
-                backend = OnnxBackend(path, threads, providers, frugal)
+                backend = OnnxBackend(path, threads, providers)
             opened.callback(backend.close)
             return backend
 
@@ -114,7 +114,7 @@ class Predictor:
                 if self._backend.interface.kind == "packed":
                     self._packer = Packer(self._run, self._most, self._backend.slots, max_delay_ms / 1000)
             if bank is not None:
-                intra, banked = (start(path, frugal=True) for path in paths[-2:])
+                intra, banked = map(start, paths[-2:])
                 self._banks = BankModels(intra, banked, max_images)
                 if self._backend is not None and differ(self._backend.weights, self._banks.weights):
                     raise ModelError(f"{self._banks.path}: of another network than {self.path}; export them again")

@@ -30,8 +30,11 @@ class Backend(Protocol):
         """Raise ModelError if the model can't take so many images at once, or a bank of so many SIVs."""
         ...
 
-    def submit(self, *tensors: NDArray[Any]) -> Pending:
-        """Start on a call: a tensor for each of the interface's inputs."""
+    def submit(self, *tensors: NDArray[Any], last: bool = False) -> Pending:
+        """Start on a call: a tensor for each of the interface's inputs.
+
+        `last`: no other follows soon, so memory that only calls need is given back if the engine can.
+        """
         ...
 
     def close(self) -> None:

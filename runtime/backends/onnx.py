@@ -49,7 +49,6 @@ class OnnxBackend:
         providers: execution providers in order of preference, each a name or (name, options), as ONNX Runtime takes
             them. The CPU comes last in any case, for what the others can't compute. With those of NVIDIA GPUs, calls
             go through I/O bindings.
-        frugal: give the memory of every call on the CPU back when it is done, for models that take turns.
 
     Raises:
         ModelError: not an ONNX file, or not an exported ICNet; or a provider that was asked for is not used.
@@ -58,9 +57,7 @@ class OnnxBackend:
 
     slots = 1  # groups at once that one caller can have in work
 
-    def __init__(
-        self, path: Path, threads: int | None = None, providers: Sequence[Provider] = (CPU,), frugal: bool = False
-    ) -> None:
+    def __init__(self, path: Path, threads: int | None = None, providers: Sequence[Provider] = (CPU,)) -> None:
         try:
             import onnxruntime as ort
         except ImportError as error:
@@ -81,7 +78,9 @@ class OnnxBackend:
             ort.preload_dlls()  # CUDA and cuDNN from their wheels, where the loader does not look
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
-        options.enable_cpu_mem_arena = not frugal
+        # Else, once it has seen a size, ONNX Runtime takes one block for all of a call's tensors: no faster, and on
+        # top of the memory of the first call.
+        options.enable_mem_pattern = False
         options.log_severity_level = 3  # errors; they reach the caller as exceptions
         try:
             self._session = ort.InferenceSession(self.path, options, providers=[*providers])
@@ -99,6 +98,8 @@ class OnnxBackend:
         self.largest = self.interface.size
         self.weights: str | None = self._session.get_modelmeta().custom_metadata_map.get(WEIGHTS)
         self._bindings: _Bindings | None = None
+        self._last = ort.RunOptions()  # of a call that leaves nothing behind; it costs time to take new memory
+        self._last.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         if on_gpu:
             device = 0 if isinstance(on_gpu[0], str) else int(on_gpu[0][1].get("device_id", 0))
             self._bindings = _Bindings(ort, self._session, self.interface, device)
@@ -118,15 +119,15 @@ class OnnxBackend:
                 "export it with dynamic axes (icnet export --banked does)"
             )
 
-    def submit(self, *tensors: NDArray[Any]) -> Finished:
-        """Run a call: a tensor for each of the interface's inputs."""
+    def submit(self, *tensors: NDArray[Any], last: bool = False) -> Finished:
+        """Run a call: a tensor for each of the interface's inputs; after the `last` the CPU's memory is given back."""
         images = tensors[0]
         try:
             output: NDArray[np.float32]
             if self._bindings is None:
                 names = [spec.name for spec in self.interface.inputs]
                 feeds = dict(zip(names, tensors, strict=True))
-                output = self._session.run([self.interface.output.name], feeds)[0]
+                output = self._session.run([self.interface.output.name], feeds, self._last if last else None)[0]
             else:
                 output = self._bindings.run(*tensors)
         except ICNetError:

@@ -91,8 +91,11 @@ class TensorRTBackend:
         inputs = [profile[: self._images] for profile in self.profiles]
         return [(max(low for low, _, _ in ranges), min(high for _, _, high in ranges)) for ranges in inputs]
 
-    def submit(self, *tensors: NDArray[Any]) -> "Pending":
-        """Queue a call: a tensor for each of the interface's inputs. Returns at once if a slot is free."""
+    def submit(self, *tensors: NDArray[Any], last: bool = False) -> "Pending":
+        """Queue a call: a tensor for each of the interface's inputs. Returns at once if a slot is free.
+
+        Slots keep their memory, even after the `last`.
+        """
         return self._pool.submit(*tensors)
 
     def close(self) -> None:
