@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     if any(same_file(args.output, file) for file in (args.model, *group.images, *(group.sisms or ()))):
         raise OutputError(f"{args.output}: is an input; choose another --output")
     with open_predictor(args.model, args.threads, banks_only=True) as predictor:
-        images, sisms, _ = read_group(group)
+        images, sisms, _ = read_group(group, args.threads)
         bank = predictor.bank(images, sisms if group.sisms is None else group.sisms)
     bank.save(args.output)
     print(f"{args.output}: {len(bank)} image{'s' * (len(bank) != 1)}, for icnet predict --bank")

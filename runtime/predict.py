@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,7 +18,7 @@ from runtime.errors import ICNetError, InputError, ModelError
 from runtime.files import bank_files, digest
 from runtime.groups import Group, find_groups
 from runtime.predictor import Predictor
-from runtime.preprocess import image_tensor, restore_map, sism_tensor
+from runtime.preprocess import image_tensor, in_threads, restore_map, save_map, sism_tensor
 from runtime.results import SHEET, GroupResults
 from runtime.sisms import builtin_sism
 
@@ -90,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
             results = GroupResults(args.output / group.name, group, model, args.bank)
             if args.resume and results.finished():
                 return False
-            predict_group(partial(predictor.predict_tensors, bank=bank), group, results)
+            predict_group(partial(predictor.predict_tensors, bank=bank), group, results, args.threads)
             return True
 
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -118,23 +117,30 @@ def run(args: argparse.Namespace) -> int:
     return 2 if failed else 0
 
 
-def predict_group(predict: Predict, group: Group, results: GroupResults) -> None:
+def predict_group(predict: Predict, group: Group, results: GroupResults, threads: int | None = None) -> None:
     """Write a map for every image (8-bit grey, of its own size), then the group's contact sheet."""
     results.begin()
-    images, sisms, sizes = read_group(group)
+    images, sisms, sizes = read_group(group, threads)
     maps = predict(images, sisms)
-    for source, tensor, size in zip(group.images, maps, sizes, strict=True):
-        grey = np.rint(restore_map(tensor, size) * 255).astype(np.uint8)
-        results.write(f"{source.stem}.png", Image.fromarray(grey).save)
+
+    def write(source: Path, tensor: NDArray[np.float32], size: tuple[int, int]) -> None:
+        results.write(f"{source.stem}.png", partial(save_map, restore_map(tensor, size)))
+
+    in_threads([partial(write, *one) for one in zip(group.images, maps, sizes, strict=True)], threads)
     sheet = contact_sheet(images, sisms, maps, sizes, group.name)
     results.write(SHEET, partial(sheet.save, quality=90))
     results.finish()
 
 
-def read_group(group: Group) -> tuple[NDArray[np.uint8], NDArray[np.uint8], Sequence[tuple[int, int]]]:
+def read_group(
+    group: Group, threads: int | None = None
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8], Sequence[tuple[int, int]]]:
     """A group's images and SISMs as the network's tensors, and the images' own (width, height)."""
-    images, sizes = zip(*map(image_tensor, group.images), strict=True)
-    sisms = [builtin_sism(i) for i in images] if group.sisms is None else [sism_tensor(s) for s in group.sisms]
+    images, sizes = zip(*in_threads([partial(image_tensor, image) for image in group.images], threads), strict=True)
+    if group.sisms is None:
+        sisms = in_threads([partial(builtin_sism, image) for image in images], threads)
+    else:
+        sisms = in_threads([partial(sism_tensor, sism) for sism in group.sisms], threads)
     return np.stack(images), np.stack(sisms), sizes
 
 

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Self
@@ -20,7 +21,7 @@ from runtime.bank import Bank, BankModels, differ, most_images
 from runtime.contract import INPUTS, TensorSpec
 from runtime.errors import ICNetError, InputError, ModelError
 from runtime.packing import Packer, Tensors, first_fit
-from runtime.preprocess import ImageSource, image_tensor, restore_map, sism_tensor
+from runtime.preprocess import ImageSource, image_tensor, in_threads, restore_map, sism_tensor
 
 MAX_THREADS = 1024
 UNORDERED = (str, bytes, os.PathLike, set, frozenset, dict)  # iterable, perhaps, but no sequence of images
@@ -49,7 +50,8 @@ class Predictor:
             or .trt) from `icnet build` or `trtexec`, run on a GPU. May be left out if `bank` is given.
         bank: the files (intra, banked) of a bank export, or their engines. Beside a model they run the groups that are
             too large for it.
-        threads: ONNX Runtime: CPU threads for one call; None for one per physical core.
+        threads: CPU threads for one call, which decode and resize images, and compute with ONNX Runtime; None for one
+            per core.
         providers: ONNX Runtime: execution providers in order of preference, e.g. ["CUDAExecutionProvider"]; one that
             was asked for and can't be used is an error. On NVIDIA GPUs groups go through page-locked buffers.
         device: TensorRT: the GPU's number.
@@ -102,6 +104,7 @@ class Predictor:
             return backend
 
         self.path = str(paths[0] if model is not None else paths[-1])
+        self._threads = threads
         self._backend: Backend | None = None
         self._banks: BankModels | None = None
         self._packer: Packer | None = None
@@ -135,7 +138,7 @@ class Predictor:
             ModelError: the model takes groups of another size only, or fails.
         """
         tensors, sism_tensors, sizes = self._prepare(images, sisms)
-        return _restored(self._maps(tensors, sism_tensors), sizes)
+        return self._restored(self._maps(tensors, sism_tensors), sizes)
 
     def bank(self, images: Iterable[ImageSource], sisms: Iterable[ImageSource]) -> Bank:
         """The bank of a group's images, to compare others with.
@@ -174,7 +177,7 @@ class Predictor:
         """
         self._bank_models().check(bank)
         tensors, sism_tensors, sizes = self._prepare(images, sisms, kept=True)
-        return _restored(self._maps(tensors, sism_tensors, bank), sizes)
+        return self._restored(self._maps(tensors, sism_tensors, bank), sizes)
 
     def predict_groups(
         self, groups: Iterable[tuple[Iterable[ImageSource], Iterable[ImageSource]]], *, ahead: int = 4
@@ -239,7 +242,7 @@ class Predictor:
                 outcome = finished.pop(turn)
                 if isinstance(outcome, ICNetError):
                     raise outcome
-                yield _restored(self._checked(outcome), sizes_of.pop(turn))
+                yield self._restored(self._checked(outcome), sizes_of.pop(turn))
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -271,8 +274,9 @@ class Predictor:
         """A group as the network's tensors, and its images' own sizes."""
         images, sisms = _listed(images, "images", 4), _listed(sisms, "sisms", 3)
         self._check_group(len(images), len(sisms), kept)
-        tensors, sizes = zip(*(image_tensor(image, f"images[{i}]") for i, image in enumerate(images)), strict=True)
-        sism_tensors = [sism_tensor(sism, f"sisms[{i}]") for i, sism in enumerate(sisms)]
+        pairs = enumerate(zip(images, sisms, strict=True))
+        read = in_threads([partial(_read, i, *pair) for i, pair in pairs], self._threads)
+        tensors, sism_tensors, sizes = zip(*read, strict=True)
         return np.stack(tensors), np.stack(sism_tensors), sizes
 
     def _maps(
@@ -324,6 +328,10 @@ class Predictor:
             raise ModelError(f"{self.path}: the model's maps leave [0, 1]: [{low:g}, {high:g}]")
         return maps
 
+    def _restored(self, maps: NDArray[np.float32], sizes: Sequence[tuple[int, int]]) -> list[NDArray[np.float32]]:
+        """The maps of a group at its images' own sizes."""
+        return in_threads([partial(restore_map, *pair) for pair in zip(maps, sizes, strict=True)], self._threads)
+
     def close(self) -> None:
         """Give back the models' memory; calls after this raise `ICNetError`. Closing twice is fine."""
         opened, self._opened = self._opened, None
@@ -374,9 +382,12 @@ class Predictor:
             ) from None
 
 
-def _restored(maps: NDArray[np.float32], sizes: Sequence[tuple[int, int]]) -> list[NDArray[np.float32]]:
-    """The maps of a group at its images' own sizes."""
-    return [restore_map(tensor, size) for tensor, size in zip(maps, sizes, strict=True)]
+def _read(
+    index: int, image: ImageSource, sism: ImageSource
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8], tuple[int, int]]:
+    """An image and its SISM as the network's tensors, and the image's own size."""
+    tensor, size = image_tensor(image, f"images[{index}]")
+    return tensor, sism_tensor(sism, f"sisms[{index}]"), size
 
 
 def _check_kind(backend: Backend) -> None:

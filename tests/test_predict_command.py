@@ -100,7 +100,12 @@ def predicted(icnet, monkeypatch, *arguments):
     seen = []
     predict_group = runtime.predict.predict_group
     with monkeypatch.context() as patch:
-        patch.setattr(runtime.predict, "predict_group", lambda p, g, r: (seen.append(g.name), predict_group(p, g, r)))
+
+        def seen_by(predict, group, *rest):
+            seen.append(group.name)
+            predict_group(predict, group, *rest)
+
+        patch.setattr(runtime.predict, "predict_group", seen_by)
         code, out, _ = icnet("predict", *arguments)
     return code, seen, out
 

@@ -2,6 +2,7 @@
 
 import re
 import struct
+import threading
 import zlib
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from runtime import InputError
-from runtime.preprocess import image_tensor, restore_map, sism_tensor
+from runtime.preprocess import image_tensor, in_threads, restore_map, save_map, sism_tensor
 
 RNG = np.random.default_rng(0)
 
@@ -144,6 +145,43 @@ def test_maps_come_back_in_place():
     restored = restore_map(tensor, (600, 300))
     assert (restored[20, 580], restored[20, 20], restored[280, 580]) == (1, 0, 0)
     np.testing.assert_array_equal(restore_map(tensor, (224, 224)), tensor)
+
+
+def test_maps_are_saved_as_png_whatever_the_suffix(tmp_path):
+    x, y = np.linspace(-1, 1, 640), np.linspace(-1, 1, 480)
+    map_ = (1 / (1 + np.exp(60 * (np.hypot(x, y[:, None]) - 0.5)))).astype(np.float32)  # a disc with a soft edge
+    save_map(map_, tmp_path / "map.tmp")  # a temporary name has another suffix
+    with Image.open(tmp_path / "map.tmp") as saved:
+        assert (saved.format, saved.mode) == ("PNG", "L")
+        assert np.array_equal(np.asarray(saved), np.rint(map_ * 255))
+
+
+def test_threads_keep_the_order_of_the_calls():
+    together = threading.Barrier(2)
+
+    def second_waits_for_first(number):
+        together.wait(10)  # breaks unless two calls run at once
+        return number
+
+    assert in_threads([lambda i=i: second_waits_for_first(i) for i in range(6)], 2) == list(range(6))
+    here = in_threads([threading.current_thread] * 3, 1)
+    assert here == [threading.current_thread()] * 3
+    assert in_threads([]) == []
+
+
+def test_of_several_failures_the_first_image_is_named():
+    failed = threading.Event()
+
+    def first():
+        failed.wait(10)
+        raise InputError("first")
+
+    def second():
+        failed.set()
+        raise InputError("second")
+
+    with pytest.raises(InputError, match="first"):
+        in_threads([first, second], 2)
 
 
 def png_header(width, height):
