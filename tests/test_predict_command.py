@@ -113,11 +113,11 @@ def predicted(icnet, monkeypatch, *arguments):
 def stop_at(name, monkeypatch):
     predict_group = runtime.predict.predict_group
 
-    def stopping(predictor, group, results):
+    def stopping(predictor, group, results, *rest):
         if group.name == name:
             results.begin()
             raise KeyboardInterrupt
-        predict_group(predictor, group, results)
+        predict_group(predictor, group, results, *rest)
 
     monkeypatch.setattr(runtime.predict, "predict_group", stopping)
 
