@@ -40,5 +40,5 @@ clean:
 	@touch $@
 
 .venv/demo: EXTRAS := cpu,opencv,export
-.venv/test: EXTRAS := cpu,opencv,export,evaluate,calibrate,train,test
+.venv/test: EXTRAS := cpu,mnn,opencv,export,evaluate,calibrate,train,test
 .venv/gpu: EXTRAS := cpu,opencv,export,evaluate,calibrate,train,test,gpu

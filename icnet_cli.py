@@ -16,7 +16,7 @@ COMMANDS = {
     "bank": ("runtime.make_bank", "cpu", "a bank of a group's images, to compare others with"),
     "export": ("export.to_onnx", "cpu,export", "a checkpoint to ONNX, proved to compute what the paper's network does"),
     "calibrate": ("calibration.calibrate", "cpu,calibrate", "an exported model to INT8, within a budget of accuracy"),
-    "build": ("export.build_engine", "tensorrt", "an exported model to a TensorRT engine"),
+    "build": ("export.build_engine", "tensorrt", "an exported model to a TensorRT engine, or to a file for MNN"),
     "evaluate": ("benchmarks.accuracy", "cpu,evaluate", "scores of models and ready maps on data sets"),
     "robustness": ("benchmarks.robustness", "cpu,train", "scores against the share of SISMs that are wrong"),
     "bank-curve": ("benchmarks.bank_curve", "cpu,train", "scores of images against banks of growing size"),

@@ -123,20 +123,20 @@ def build_engine(
         KeyboardInterrupt: the build was stopped. Nothing is written then, nor after any error.
     """
     trt = load_tensorrt()
-    data = _read(onnx_path)
+    data = read(onnx_path)
     if not profiles:
         raise InputError("no profile: an engine needs at least one range of group sizes")
     if same_file(output, onnx_path):
         raise OutputError(f"{output}: is the model itself; give the engine another name")
     _check_options(trt, options)
-    cached = _read(options.timing_cache) if options.timing_cache and options.timing_cache.exists() else b""
+    cached = read(options.timing_cache) if options.timing_cache and options.timing_cache.exists() else b""
 
     logger = make_logger(trt)
     builder, network, _parser = parse(trt, logger, onnx_path, data)
     _check_profiles(onnx_path, _group_size(onnx_path, *tensors(network)), profiles)
     _check_bank(onnx_path, tensors(network)[0], options)
     config = _configure(trt, builder, network, profiles, options)
-    model = _load_onnx(onnx_path, data)
+    model = load_onnx(onnx_path, data)
     metadata = None if model is None else {p.key: p.value for p in model.metadata_props}
     if metadata and WEIGHTS in metadata:
         network.name = ENGINE_NAME + metadata[WEIGHTS]  # an engine carries this, and nothing else of ours
@@ -215,7 +215,8 @@ def trtexec_commands(
     return {10: shlex.join([*arguments, "--stronglyTyped"]), 11: shlex.join(arguments)}
 
 
-def _read(path: Path) -> bytes:
+def read(path: Path) -> bytes:
+    """A file's bytes; raises ModelError if there are none to read."""
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
@@ -289,7 +290,7 @@ def _configure(trt: Any, builder: Any, network: Any, profiles: Sequence[Profile]
     return config
 
 
-def _load_onnx(path: Path, data: bytes) -> Any:
+def load_onnx(path: Path, data: bytes) -> Any:
     """The model as the package `onnx` reads it, or None if that is not installed."""
     try:
         import onnx
@@ -303,9 +304,15 @@ def _load_onnx(path: Path, data: bytes) -> Any:
 
 def _onnx_inputs(path: Path) -> tuple[Sequence[TensorSpec], int | None, bool]:
     """Inputs of an exported model and its fixed group size, read without TensorRT; and whether they could be."""
-    model = _load_onnx(path, _read(path))
+    model = load_onnx(path, read(path))
     if model is None:
         return INPUTS, None, False
+    inputs, outputs = onnx_tensors(model)
+    return inputs, _group_size(path, inputs, outputs), True
+
+
+def onnx_tensors(model: Any) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """The inputs and outputs of a model as `load_onnx` gives it."""
     from onnx.helper import tensor_dtype_to_np_dtype
 
     def spec(value: Any) -> TensorSpec:
@@ -313,8 +320,7 @@ def _onnx_inputs(path: Path) -> tuple[Sequence[TensorSpec], int | None, bool]:
         dims = (d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim)
         return TensorSpec(value.name, str(tensor_dtype_to_np_dtype(tensor.elem_type)), tuple(dims))
 
-    inputs = [spec(v) for v in model.graph.input]
-    return inputs, _group_size(path, inputs, [spec(v) for v in model.graph.output]), True
+    return [spec(v) for v in model.graph.input], [spec(v) for v in model.graph.output]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -322,6 +328,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--onnx", type=Path, required=True, help="an exported model")
     add("--output", type=Path, required=True, help="the engine to write; OUTPUT.json describes it")
+    add("--backend", choices=("tensorrt", "mnn"), default="tensorrt", help="mnn: for CPUs; it has no more options")
     add("--min", type=int, help="smallest group (default 1)")
     add("--opt", type=int, help="group size to tune for (default 5)")
     add("--max", type=int, help="largest group")
@@ -340,6 +347,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Build `args.output` from `args.onnx`, or say how trtexec would; raises what `build_engine` does."""
+    if args.backend == "mnn":
+        given = [name for name, value in vars(args).items() if value not in (None, False, [])]
+        if foreign := [name for name in given if name not in ("backend", "onnx", "output")]:
+            raise InputError(f"--{foreign[0].replace('_', '-')}: belongs to TensorRT; an MNN file takes any group size")
+        from export import to_mnn
+
+        return to_mnn.run(args)
     profiles = _profiles(args)
     options = Options(
         workspace=args.workspace,

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends import Backend, Pending
+from runtime.backends.mnn import MnnBackend
 from runtime.backends.onnx import CPU, Finished, OnnxBackend, Provider
 from runtime.backends.tensorrt import TensorRTBackend
 from runtime.bank import Bank, BankModels, differ, most_images
@@ -26,6 +27,7 @@ from runtime.preprocess import ImageSource, image_tensor, in_threads, restore_ma
 MAX_THREADS = 1024
 UNORDERED = (str, bytes, os.PathLike, set, frozenset, dict)  # iterable, perhaps, but no sequence of images
 ENGINE_SUFFIXES = {".engine", ".plan", ".trt"}
+MNN_SUFFIX = ".mnn"
 
 
 class Predictor:
@@ -46,12 +48,13 @@ class Predictor:
             maps = predictor.against(bank, ["new.jpg"], ["new_sism.png"])
 
     Args:
-        model: an .onnx file from `icnet export`, run by ONNX Runtime on the CPU; or a TensorRT engine (.engine, .plan
-            or .trt) from `icnet build` or `trtexec`, run on a GPU. May be left out if `bank` is given.
-        bank: the files (intra, banked) of a bank export, or their engines. Beside a model they run the groups that are
-            too large for it.
-        threads: CPU threads for one call, which decode and resize images, and compute with ONNX Runtime; None for one
-            per core.
+        model: an .onnx file from `icnet export`, run by ONNX Runtime on the CPU; an .mnn file from `icnet build
+            --backend mnn`, run by MNN on the CPU; or a TensorRT engine (.engine, .plan or .trt) from `icnet build` or
+            `trtexec`, run on a GPU. May be left out if `bank` is given.
+        bank: the files (intra, banked) of a bank export, or what was built from them. Beside a model they run the
+            groups that are too large for it.
+        threads: CPU threads for one call, which decode and resize images, and compute with ONNX Runtime or MNN; None
+            for one per core.
         providers: ONNX Runtime: execution providers in order of preference, e.g. ["CUDAExecutionProvider"]; one that
             was asked for and can't be used is an error. On NVIDIA GPUs groups go through page-locked buffers.
         device: TensorRT: the GPU's number.
@@ -98,6 +101,8 @@ class Predictor:
         def start(path: Path) -> Backend:
             if path.suffix.lower() in ENGINE_SUFFIXES:
                 backend: Backend = TensorRTBackend(path, slots=slots, device=device)
+            elif path.suffix.lower() == MNN_SUFFIX:
+                backend = MnnBackend(path, threads)
             else:
                 backend = OnnxBackend(path, threads, providers)
             opened.callback(backend.close)

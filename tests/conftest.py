@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -11,6 +12,7 @@ from PIL import Image, ImageDraw
 import icnet_cli
 from export.checkpoint import save_checkpoint
 from export.icnet import ICNet
+from export.to_mnn import build_mnn, convert
 from export.to_onnx import weights_digest, write_onnx
 from runtime import Predictor
 from runtime.contract import WEIGHTS
@@ -49,11 +51,46 @@ def checkpoint(network: ICNet, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="session")
-def model_file(network: ICNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def onnx_file(network: ICNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export of `network`, as `icnet export` writes it."""
     path = tmp_path_factory.mktemp("model") / "icnet.onnx"
     write_onnx(network, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def mnn_file(onnx_file: Path) -> Path:
+    """The same for MNN, as `icnet build --backend mnn` writes it."""
+    pytest.importorskip("MNN", reason="MNN is not installed")
+    path = onnx_file.with_suffix(".mnn")
+    build_mnn(onnx_file, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_file(request: pytest.FixtureRequest) -> Path:
+    """The ONNX file; where a test is parametrised with "mnn_file", that."""
+    path: Path = request.getfixturevalue(getattr(request, "param", "onnx_file"))
+    return path
+
+
+def damage(model: onnx.ModelProto) -> None:
+    """Put a NaN into an export's first bias."""
+    first = next(i for i in model.graph.initializer if i.name.endswith("vgg.0.bias"))
+    values = onnx.numpy_helper.to_array(first).copy()
+    values[0] = np.nan
+    first.CopyFrom(onnx.numpy_helper.from_array(values, first.name))
+
+
+def convert_to_mnn(path: Path) -> None:
+    """Replace an ONNX file by what MNN's converter makes of it, unchecked; any other file stays as it is."""
+    pytest.importorskip("MNN", reason="MNN is not installed")
+    try:
+        model = onnx.load(path)
+    except Exception:
+        return
+    if model.graph.node:
+        convert(path, model, path, "", [])
 
 
 @pytest.fixture(scope="session")

@@ -48,6 +48,7 @@ def test_one_folder_of_photographs(icnet, model_file, tmp_path):
         assert (found.size, found.mode) == (image.size, "L")
 
 
+@pytest.mark.parametrize("model_file", ["onnx_file", "mnn_file"], indirect=True, ids=["onnx", "mnn"])
 def test_maps_are_those_of_the_predictor(icnet, model_file, dataset, tmp_path):
     assert icnet("predict", dataset, "--model", model_file, "--output", tmp_path / "out")[0] == 0
     with Predictor(model_file) as predictor:

@@ -1,12 +1,15 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import BIRDS, random_network
+from conftest import BIRDS, convert_to_mnn, damage, random_network
 from PIL import Image
 
 from export.icnet import Uint8Interface
@@ -15,8 +18,15 @@ from export.to_onnx import write_onnx
 from runtime import DependencyError, ICNetError, InputError, ModelError, Predictor
 from runtime.preprocess import image_tensor, restore_map, sism_tensor
 
+SUFFIXES = pytest.mark.parametrize("suffix", [".onnx", ".mnn"])
 PHOTOS = sorted(BIRDS.glob("*.jpg"))
 RNG = np.random.default_rng(0)
+
+
+def pytest_generate_tests(metafunc):
+    """Whatever a Predictor does, it does with every format that runs on a CPU."""
+    if "model_file" in metafunc.fixturenames:
+        metafunc.parametrize("model_file", ["onnx_file", "mnn_file"], indirect=True, ids=["onnx", "mnn"])
 
 
 def tensors(n):
@@ -145,12 +155,12 @@ def test_tensors_that_can_not_be_used(predictor, images, sisms, message):
         predictor.predict_tensors(images, sisms)
 
 
-def test_a_provider_that_is_not_there_is_an_error(model_file):
+def test_a_provider_that_is_not_there_is_an_error(onnx_file):
     with pytest.raises(DependencyError, match=r"NoSuchProvider: not in this onnxruntime, which has .*CPUExecution"):
-        Predictor(model_file, providers=["NoSuchProvider", "CPUExecutionProvider"])
+        Predictor(onnx_file, providers=["NoSuchProvider", "CPUExecutionProvider"])
 
 
-def test_a_provider_that_is_silently_not_used_is_an_error(model_file, monkeypatch):
+def test_a_provider_that_is_silently_not_used_is_an_error(onnx_file, monkeypatch):
     """As when CUDA's libraries are missing: ONNX Runtime warns, and runs on the CPU."""
     import onnxruntime
 
@@ -163,7 +173,7 @@ def test_a_provider_that_is_silently_not_used_is_an_error(model_file, monkeypatc
         lambda path, options, providers: session(path, options, providers=providers[1:]),
     )
     with pytest.raises(ModelError, match=r"CUDAExecutionProvider was asked for but could not be started"):
-        Predictor(model_file, providers=[cuda, "CPUExecutionProvider"])
+        Predictor(onnx_file, providers=[cuda, "CPUExecutionProvider"])
 
 
 @pytest.mark.parametrize("threads", [0, 10**9, "2", 1.5])
@@ -178,6 +188,20 @@ def test_a_model_is_a_path(model):
         Predictor(model)
 
 
+def save(model, path):
+    """Write a model in the format that the path's suffix names."""
+    onnx.save(model, path)
+    if path.suffix == ".mnn":
+        convert_to_mnn(path)
+    return path
+
+
+@cache
+def float_model():
+    with TemporaryDirectory() as folder:
+        return write_onnx(random_network(1 / 32), Path(folder, "m.onnx"), "float32")
+
+
 def other_model(path):
     x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 3])
     y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 3])
@@ -188,43 +212,44 @@ def other_model(path):
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda p: p.write_bytes(b"not a model"), "not an ONNX model"),
-        (lambda p: p.write_bytes(b""), "not an ONNX model|not an ICNet export"),
+        (lambda p: p.write_bytes(b"not a model"), "not an (ONNX|MNN) model"),
+        (lambda p: p.write_bytes(b""), "not an (ONNX|MNN) model|not an ICNet export"),
         (
             other_model,
-            r"not an ICNet export: expected inputs images uint8 \[N, 224, 224, 3\], .* found inputs x float32 \[1, 3\]",
+            r"not an ICNet export: expected inputs images uint8 \[N, 224, 224, 3\], .* found inputs x float32 \[",
         ),
-        (lambda p: write_onnx(random_network(1 / 32), p, "float32"), "--io float32"),
+        (lambda p: onnx.save(float_model(), p), "--io float32"),
         (lambda p: None, "no such model file"),
         (lambda p: p.mkdir(), "not a model file"),
         (lambda p: p.symlink_to(p), "no such model file"),
     ],
 )
-def test_files_that_are_no_model_of_ours(tmp_path, write, message):
-    path = tmp_path / "model.onnx"
+@SUFFIXES
+def test_files_that_are_no_model_of_ours(tmp_path, suffix, write, message):
+    path = tmp_path / f"model{suffix}"
     write(path)
-    with pytest.raises(ModelError, match=rf"model\.onnx: .*({message})"):
+    if suffix == ".mnn":
+        convert_to_mnn(path)
+    with pytest.raises(ModelError, match=rf"model\{suffix}: .*({message})"):
         Predictor(path)
 
 
-def test_a_model_for_a_fixed_group_says_so(model_file, tmp_path):
-    model = onnx.load(model_file)
+@SUFFIXES
+def test_a_model_for_a_fixed_group_says_so(onnx_file, tmp_path, suffix):
+    model = onnx.load(onnx_file)
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 3
-    onnx.save(model, tmp_path / "three.onnx")
-    with Predictor(tmp_path / "three.onnx") as predictor:
+    path = save(model, tmp_path / f"three{suffix}")
+    with Predictor(path) as predictor:
         assert predictor.predict_tensors(*tensors(3)).shape == (3, 224, 224)
         for call in (lambda: predictor.predict_tensors(*tensors(2)), lambda: predictor(*tensors(2))):
-            with pytest.raises(ModelError, match=r"three\.onnx: built for groups of exactly 3 images, got 2"):
+            with pytest.raises(ModelError, match=rf"three\{suffix}: built for groups of exactly 3 images, got 2"):
                 call()
 
 
-def test_a_model_that_computes_nan_is_an_error_not_a_map(model_file, tmp_path):
-    model = onnx.load(model_file)
-    first = next(i for i in model.graph.initializer if i.name.endswith("vgg.0.bias"))
-    values = onnx.numpy_helper.to_array(first).copy()
-    values[0] = np.nan
-    first.CopyFrom(onnx.numpy_helper.from_array(values, first.name))
+def test_a_model_that_computes_nan_is_an_error_not_a_map(onnx_file, tmp_path):
+    model = onnx.load(onnx_file)
+    damage(model)
     onnx.save(model, tmp_path / "nan.onnx")
     with Predictor(tmp_path / "nan.onnx") as predictor, pytest.raises(ModelError, match="NaN or infinite"):
         predictor.predict_tensors(*tensors(1))
@@ -237,11 +262,19 @@ def lying_model(path, scale, copies):
     graph = onnx.helper.make_graph(
         [
             onnx.helper.make_node("Cast", ["sisms"], ["f"], to=1),
-            onnx.helper.make_node("Mul", ["f", "scale"], ["scaled"]),
+            onnx.helper.make_node("Mul", ["f", "scale"], ["wrong"]),
+            onnx.helper.make_node("Cast", ["images"], ["colours"], to=1),  # MNN drops an input that nothing uses
+            onnx.helper.make_node("Gather", ["colours", "red"], ["reds"], axis=3),
+            onnx.helper.make_node("Div", ["reds", "huge"], ["traces"]),
+            onnx.helper.make_node("Add", ["wrong", "traces"], ["scaled"]),
             onnx.helper.make_node("Concat", ["scaled"] * copies, ["maps"], axis=0),
         ],
         "g", inputs, [info("maps", 1, ["M", 224, 224])],
-        [onnx.numpy_helper.from_array(np.float32(scale), "scale")],
+        [
+            onnx.numpy_helper.from_array(np.float32(scale), "scale"),
+            onnx.numpy_helper.from_array(np.int64(0), "red"),
+            onnx.numpy_helper.from_array(np.float32(1e30), "huge"),
+        ],
     )  # fmt: skip
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), path)
 
@@ -249,9 +282,13 @@ def lying_model(path, scale, copies):
 @pytest.mark.parametrize(
     ("scale", "copies", "message"), [(1.0, 1, r"maps leave \[0, 1\]"), (1 / 255, 2, "gave 4 maps for 2 images")]
 )
-def test_a_model_that_lies_about_its_maps(tmp_path, scale, copies, message):
-    lying_model(tmp_path / "x.onnx", scale, copies)
-    with Predictor(tmp_path / "x.onnx") as predictor, pytest.raises(ModelError, match=message):
+@SUFFIXES
+def test_a_model_that_lies_about_its_maps(tmp_path, suffix, scale, copies, message):
+    path = tmp_path / f"x{suffix}"
+    lying_model(path, scale, copies)
+    if suffix == ".mnn":
+        convert_to_mnn(path)
+    with Predictor(path) as predictor, pytest.raises(ModelError, match=message):
         predictor(*tensors(2))
 
 
@@ -260,7 +297,7 @@ def test_importing_the_runtime_loads_neither_torch_nor_an_engine():
 import sys
 before = set(sys.modules)
 import runtime
-heavy = {"torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "pycuda", "cuda", "cv2", "rich"}
+heavy = {"torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "pycuda", "cuda", "cv2", "rich", "MNN"}
 loaded = {name.partition(".")[0] for name in set(sys.modules) - before}
 assert not loaded & heavy, loaded & heavy
 assert len(set(sys.modules) - before) < 400

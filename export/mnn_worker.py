@@ -1,0 +1,48 @@
+"""python export/mnn_worker.py FOLDER MODEL.mnn: MNN's part of `export.to_mnn`.
+
+A process of its own, because MNN's converter prints whatever it likes, and some graphs crash it. FOLDER has model.onnx;
+notes.json, which the file will carry; and calls.npz with an array `NUMBER/TENSOR` for each input of each call. Their
+outputs go to outputs.npz, as `NUMBER`.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+
+def main(folder: Path, output: Path) -> None:
+    """Convert the model, then run the calls; ends with exit code 1 and a message if either fails."""
+    import _tools  # MNN's converter without its command line, which would install a package and report to its makers
+    import MNN
+
+    arguments = {"-f": "ONNX", "--modelFile": folder / "model.onnx", "--MNNModel": output}
+    arguments["--bizCode"] = (folder / "notes.json").read_text(encoding="utf-8")
+    _tools.mnnconvert(["", *(str(text) for pair in arguments.items() for text in pair)])
+    if not output.stat().st_size:
+        sys.exit("MNN's converter refused it")
+    interpreter = MNN.Interpreter(str(output))
+    session = interpreter.createSession({"backend": "CPU", "numThread": os.cpu_count() or 1, "precision": "normal"})
+    tensors = interpreter.getSessionInputAll(session)
+    calls: dict[str, dict[str, np.ndarray]] = {}
+    with np.load(folder / "calls.npz") as file:
+        for key, array in file.items():
+            number, name = key.split("/")
+            calls.setdefault(number, {})[name] = array
+    outputs = {}
+    for number, call in calls.items():
+        for name, array in call.items():
+            interpreter.resizeTensor(tensors[name], array.shape)
+        interpreter.resizeSession(session)
+        for name, array in call.items():
+            np.copyto(tensors[name].getNumpyData(), array)
+        if code := interpreter.runSession(session):
+            sys.exit(f"MNN's error {code}")
+        (result,) = interpreter.getSessionOutputAll(session).values()
+        outputs[number] = result.getNumpyData().copy()
+    np.savez(folder / "outputs.npz", **outputs)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

@@ -1,0 +1,187 @@
+"""MNN on the CPU: Winograd convolutions, for .mnn files from `icnet build --backend mnn`.
+
+One session serves calls of all lengths: a change of length only plans the memory anew, while the transformed weights,
+which are dear to make, stay. A call uses all threads that it was given, so calls from several threads take turns.
+"""
+
+import ctypes
+import json
+import mmap
+import os
+import struct
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.backends.onnx import Finished
+from runtime.contract import WEIGHTS, TensorSpec, check_contract
+from runtime.errors import DependencyError, ICNetError, ModelError, one_line
+
+OUT_OF_MEMORY = 1  # MNN's ErrorCode
+
+
+class MnnBackend:
+    """A session of MNN on an exported model.
+
+    Args:
+        path: an .mnn file that follows the contract.
+        threads: CPU threads for one call; None for one per CPU that this process may use.
+
+    Raises:
+        ModelError: not an MNN file, or not an exported ICNet.
+        DependencyError: MNN is not installed.
+    """
+
+    slots = 1  # groups at once that one caller can have in work
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        self.path = path
+        if not self.path.is_file():
+            raise ModelError(f"{self.path}: {'not a model file' if self.path.exists() else 'no such model file'}")
+        with _silence():
+            try:
+                import MNN
+            except ImportError as error:
+                raise DependencyError("MNN is not installed: pip install 'icnet-deploy[mnn]'") from error
+            try:
+                self._interpreter = MNN.Interpreter(str(self.path))
+            except Exception as error:  # MNN raises Exception itself, and prints the reason
+                raise ModelError(
+                    f"{self.path}: not an MNN model, or one for a newer MNN than is installed here: {one_line(error)}"
+                ) from error
+        # "normal" is FP32 on x86 and ARM alike; only "low" would round to 16 bits.
+        config = {"backend": "CPU", "numThread": threads or _cpus(), "precision": "normal"}
+        try:
+            self._session = self._interpreter.createSession(config)
+            inputs = _specs(self._interpreter.getSessionInputAll(self._session))
+            outputs = _specs(self._interpreter.getSessionOutputAll(self._session))
+        except Exception as error:
+            raise ModelError(f"{self.path}: not a model that this MNN can run: {one_line(error)}") from error
+        self.interface = check_contract(self.path, inputs, outputs)
+        self.largest = self.interface.size
+        self.weights = _weights(self.path)
+        self._planned: list[int] | None = None  # the inputs' lengths
+        self._lock = threading.Lock()
+
+    def check_group(self, images: int, bank: int = 1) -> None:
+        """Raise ModelError if the model was built for groups, or banks, of another size."""
+        rows = self.interface.inputs[-1].shape[0] if self.interface.kind == "banked" else None
+        for what, size, found in (("groups", self.interface.size, images), ("banks", rows, bank)):
+            if size not in (None, found):
+                raise ModelError(
+                    f"{self.path}: built for {what} of exactly {size} images, got {found}; "
+                    "icnet build --backend mnn makes files for any number"
+                )
+
+    def submit(self, *tensors: NDArray[Any], last: bool = False) -> Finished:
+        """Run a call: a tensor for each of the interface's inputs.
+
+        The session keeps the memory of its largest call, even after the `last`.
+        """
+        with self._lock:
+            if self._session is None:
+                raise ICNetError(f"{self.path}: this Predictor is closed")
+            return Finished(self._run(tensors))
+
+    def close(self) -> None:
+        """Give the session's memory back, after the call in work."""
+        with self._lock:
+            self._session = self._interpreter = None
+
+    def _run(self, arrays: tuple[NDArray[Any], ...]) -> NDArray[np.float32]:
+        of_session = self._interpreter.getSessionInputAll(self._session)
+        tensors = [of_session[spec.name] for spec in self.interface.inputs]
+        n, lengths = len(arrays[0]), [len(array) for array in arrays]
+        planned, self._planned = self._planned, None
+        if lengths != planned:
+            for tensor, array in zip(tensors, arrays, strict=True):
+                self._interpreter.resizeTensor(tensor, array.shape)
+            self._interpreter.resizeSession(self._session)
+        for spec, tensor, array in zip(self.interface.inputs, tensors, arrays, strict=True):
+            view = _view(tensor)
+            if view.shape != array.shape:  # MNN could not plan it, and has said so on standard output only
+                raise ModelError(f"{self.path}: MNN can't run it on a group of {n}: {spec.name} becomes {view.shape}")
+            np.copyto(view, array)
+        code = self._interpreter.runSession(self._session)
+        if code == OUT_OF_MEMORY:
+            raise ModelError(f"{self.path}: out of memory for a group of {n}; split the group")
+        if code != 0:
+            raise ModelError(f"{self.path}: failed on a group of {n}: MNN's error {code}")
+        self._planned = lengths
+        return _view(self._interpreter.getSessionOutput(self._session, self.interface.output.name)).copy()
+
+
+def _specs(tensors: dict[str, Any]) -> list[TensorSpec]:
+    """Names, types and shapes; MNN gives a dynamic axis as 1, so a first axis of 1 is taken to be dynamic."""
+    views = {name: _view(tensor) for name, tensor in tensors.items()}
+    return [
+        TensorSpec(name, str(view.dtype), tuple(None if (i, n) == (0, 1) else n for i, n in enumerate(view.shape)))
+        for name, view in views.items()
+    ]
+
+
+def _view(tensor: Any) -> NDArray[Any]:
+    """The memory of a session's tensor; it is valid until the session is resized or freed."""
+    view: NDArray[Any] = tensor.getNumpyData()
+    return view
+
+
+def _weights(path: Path) -> str | None:
+    """The digest of the network's weights, if `bizCode` in the file holds the notes of `icnet build`.
+
+    MNN's Python has no access to it but by loading the model a second time. The file is a FlatBuffer, whose root table
+    has `bizCode` as its first field (MNN's schema, `Net`); MNN has verified it.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+
+        def at(kind: str, position: int) -> int:
+            return int(struct.unpack_from(kind, data, position)[0])
+
+        try:
+            root = at("<I", 0)
+            vtable = root - at("<i", root)
+            field = root + at("<H", vtable + 4)
+            text = field + at("<I", field)
+            weights = json.loads(data[text + 4 : text + 4 + at("<I", text)])["onnx_metadata"][WEIGHTS]
+        except (struct.error, ValueError, KeyError, TypeError):  # another's file
+            return None
+    return weights if isinstance(weights, str) else None
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_silencing = threading.Lock()  # of two at once, the second would take the first one's silence for standard output
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep off standard output what MNN's C++ prints when it is imported and when it refuses a file.
+
+    What other threads write there meanwhile is lost too, so this is for moments only.
+    """
+    with _silencing:
+        try:
+            sys.stdout.flush()
+            saved = os.dup(1)
+        except (OSError, ValueError, AttributeError):  # there is no standard output
+            yield
+            return
+        libc = ctypes.CDLL(None) if os.name == "posix" else ctypes.cdll.msvcrt
+        libc.fflush(None)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.close(nowhere)
+        try:
+            yield
+        finally:
+            libc.fflush(None)
+            os.dup2(saved, 1)
+            os.close(saved)
