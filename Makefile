@@ -20,7 +20,7 @@ lint: .venv/test  ## style, types, and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/demo  ## latency and memory, side by side
+bench: .venv/bench  ## latency and memory, side by side
 	$(BIN)/icnet bench --output build/latency.json
 
 gpu-check: .venv/gpu  ## on a machine with a GPU: the tests that need one, and the race (CHECKPOINT=FILE to give one)
@@ -40,5 +40,6 @@ clean:
 	@touch $@
 
 .venv/demo: EXTRAS := cpu,opencv,export
+.venv/bench: EXTRAS := cpu,mnn,export,bench
 .venv/test: EXTRAS := cpu,mnn,opencv,export,evaluate,calibrate,train,test
 .venv/gpu: EXTRAS := cpu,opencv,export,evaluate,calibrate,train,test,gpu

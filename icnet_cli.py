@@ -26,6 +26,14 @@ COMMANDS = {
     "train": ("training.train", "cpu,export,train", "the paper's training, on a data set or on cut-and-paste groups"),
     "groups": ("benchmarks.groups", "cpu", "many groups packed against one by one, and a large one in chunks"),
     "bench": ("benchmarks.latency", "cpu,export", "latency and memory on this machine, beside the alternatives"),
+    "throughput": ("benchmarks.throughput", "cpu", "groups per second from many threads, queue time and idle share"),
+    "growth": ("benchmarks.growth", "cpu", "time and memory against the group's size, and over many groups"),
+    "roofline": ("benchmarks.roofline", "cpu,export", "operations, bytes, the machine's bound, the costliest nodes"),
+    "report": (
+        "benchmarks.report",
+        "cpu,export,bench",
+        "README's tables and plots from the results, or whether they differ",
+    ),
 }
 
 

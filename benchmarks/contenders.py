@@ -1,11 +1,16 @@
 """The ways to run ICNet that are raced against each other, each a function from tensors to maps.
 
-As a program (`python -m benchmarks.contenders NAME FOLDER N THREADS DEVICE`) it runs one of them once, in a process
-that loads nothing else, and prints the process's peak memory in bytes.
+As a program (`python -m benchmarks.contenders NAME FOLDER N THREADS DEVICE CALLS STARTED`) it runs one of them in a
+process that loads nothing else, and prints what that took as JSON: see `alone`.
 """
 
-import resource
+import json
+import os
+import shutil
+import subprocess
 import sys
+import textwrap
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -16,11 +21,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks import gpu
+from benchmarks.machine import peak_memory
+from benchmarks.timing import seconds
+from runtime import DependencyError, ICNetError, ModelError, Predictor
+from runtime.backends.onnx import CPU
+from runtime.errors import one_line
+
 CHECKPOINT = "icnet.pth"  # the files in a race's folder
 ORACLE_ONNX = "oracle.onnx"
 OURS_ONNX = "icnet.onnx"
 HALF_ONNX = "icnet.fp16.onnx"  # these two for races on a GPU only
 HALF_NETWORK = "icnet.fp16.pt"
+CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
+
+REASON = 400  # characters of why a contender does not run
 
 Runner = Callable[[NDArray[np.uint8], NDArray[np.uint8]], NDArray[np.float32]]
 
@@ -30,7 +45,7 @@ class Setting:
     """What the contenders of a race are started with.
 
     Attributes:
-        folder: holds the files above; engines are built into it.
+        folder: holds the files above, except for model files that were given; engines are built into it.
         threads: CPU threads.
         sizes: the group sizes of the race.
         device: where PyTorch runs, "cpu" or "cuda".
@@ -45,6 +60,19 @@ class Setting:
 Start = Callable[[Setting], AbstractContextManager[Runner]]
 
 
+@dataclass(frozen=True)
+class Contender:
+    """One way to run ICNet.
+
+    Attributes:
+        start: loads it.
+        precision: "fp32" or "fp16", by which its maps are judged; None if they aren't (INT8, or not known).
+    """
+
+    start: Start
+    precision: str | None = "fp32"
+
+
 def inputs(n: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """A group of n random images and SISMs: uint8 [n, 224, 224, 3] and [n, 224, 224]."""
     rng = np.random.default_rng(n)
@@ -52,12 +80,12 @@ def inputs(n: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
 
 @contextmanager
-def _torch(setting: Setting, oracle: bool) -> Iterator[Runner]:
+def _torch(setting: Setting, oracle: bool, compiled: bool = False) -> Iterator[Runner]:
     """PyTorch on the CPU."""
     import torch
 
     torch.set_num_threads(setting.threads)
-    module = _module(setting.folder, oracle, half=False)
+    module = _module(setting.folder, oracle, half=False, compiled=compiled)
 
     def run(images: NDArray[np.uint8], sisms: NDArray[np.uint8]) -> NDArray[np.float32]:
         with torch.inference_mode():
@@ -68,13 +96,13 @@ def _torch(setting: Setting, oracle: bool) -> Iterator[Runner]:
 
 
 @contextmanager
-def _torch_on_gpu(setting: Setting, oracle: bool, half: bool) -> Iterator[Runner]:
+def _torch_on_gpu(setting: Setting, oracle: bool, half: bool, compiled: bool = False) -> Iterator[Runner]:
     """PyTorch on the GPU, with the work that a Predictor does: bytes in from the host, copies of the maps out."""
     import torch
 
     device = torch.device(setting.device)
     on_gpu, most = device.type == "cuda", max(setting.sizes)
-    module = _module(setting.folder, oracle, half).to(device)
+    module = _module(setting.folder, oracle, half, compiled).to(device)
     host_images = torch.empty((most, 224, 224, 3), dtype=torch.uint8, pin_memory=on_gpu)
     host_sisms = torch.empty((most, 224, 224), dtype=torch.uint8, pin_memory=on_gpu)
     host_maps = torch.empty((most, 224, 224), dtype=torch.float32, pin_memory=on_gpu)
@@ -97,9 +125,15 @@ def _torch_on_gpu(setting: Setting, oracle: bool, half: bool) -> Iterator[Runner
     yield run
 
 
-def _module(folder: Path, oracle: bool, half: bool) -> Any:
+def _module(folder: Path, oracle: bool, half: bool, compiled: bool) -> Any:
     """The paper's network or ours, behind the file contract."""
     import torch
+
+    if compiled:
+        compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+        if shutil.which(compiler) is None:
+            raise DependencyError(f"torch.compile needs a C++ compiler, and there is no {compiler}")
+        return torch.compile(_module(folder, oracle, half, compiled=False), dynamic=True)
 
     from export.checkpoint import load_checkpoint
     from export.icnet import Uint8Interface
@@ -112,18 +146,39 @@ def _module(folder: Path, oracle: bool, half: bool) -> Any:
 
 
 @contextmanager
-def _onnxruntime(setting: Setting, name: str, provider: str = "CPUExecutionProvider") -> Iterator[Runner]:
-    from runtime import Predictor
+def _onnxruntime(setting: Setting, name: str, provider: str = CPU) -> Iterator[Runner]:
 
     with Predictor(setting.folder / name, threads=setting.threads, providers=[provider]) as predictor:
         yield predictor.predict_tensors
 
 
 @contextmanager
-def _tensorrt(setting: Setting, name: str) -> Iterator[Runner]:
+def _openvino(setting: Setting, name: str) -> Iterator[Runner]:
+    try:
+        import openvino
+    except ImportError as error:
+        raise DependencyError("openvino is not installed: pip install 'icnet-deploy[bench]'") from error
+    core = openvino.Core()
+    # By itself it computes in BF16 where the CPU can, which is another precision.
+    options = {
+        "INFERENCE_NUM_THREADS": setting.threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    model = core.compile_model(setting.folder / name, "CPU", options)
+
+    def run(images: NDArray[np.uint8], sisms: NDArray[np.uint8]) -> NDArray[np.float32]:
+        maps: NDArray[np.float32] = model({"images": images, "sisms": sisms})["maps"]
+        return maps
+
+    yield run
+
+
+@contextmanager
+def _tensorrt(setting: Setting, name: str, graphs: bool = True) -> Iterator[Runner]:
     """An engine, built here unless it has been, with a profile tuned for each size of the race."""
     from export.build_engine import Profile, build_engine
-    from runtime import Predictor
+    from runtime.backends.tensorrt import TensorRTBackend
     from runtime.cuda import Cuda
 
     engine = (setting.folder / name).with_suffix(".engine")
@@ -132,40 +187,123 @@ def _tensorrt(setting: Setting, name: str) -> Iterator[Runner]:
         sizes = sorted(set(setting.sizes))
         smaller = [0, *sizes[:-1]]
         build_engine(setting.folder / name, engine, [Profile(m + 1, n, n) for m, n in zip(smaller, sizes, strict=True)])
-    with Predictor(engine) as predictor:
+    if graphs:
+        with Predictor(engine) as predictor:
+            yield predictor.predict_tensors
+        return
+    backend = TensorRTBackend(engine, graphs=0)
+    try:
+        yield lambda images, sisms: backend.submit(images, sisms).result()
+    finally:
+        backend.close()
+
+
+def load(path: Path, setting: Setting) -> Predictor:
+    """A model file as users run it; raises what `Predictor` does."""
+    return Predictor(path, threads=setting.threads, providers=[CUDA if setting.device == "cuda" else CPU])
+
+
+@contextmanager
+def _file(setting: Setting, path: Path) -> Iterator[Runner]:
+    with load(path, setting) as predictor:
         yield predictor.predict_tensors
 
 
+def given(path: Path, precision: str | None = None) -> Contender:
+    """A model file as a contender: an export, an engine, or whatever else a Predictor runs."""
+    return Contender(partial(_file, path=path.absolute()), precision)
+
+
 # The first is what all others are compared with.
-CONTENDERS: dict[str, Start] = {
-    "paper, PyTorch": partial(_torch, oracle=True),
-    "ours, PyTorch": partial(_torch, oracle=False),
-    "paper, ONNX Runtime": partial(_onnxruntime, name=ORACLE_ONNX),
-    "ours, ONNX Runtime": partial(_onnxruntime, name=OURS_ONNX),
+CONTENDERS: dict[str, Contender] = {
+    "paper, PyTorch": Contender(partial(_torch, oracle=True)),
+    "ours, PyTorch": Contender(partial(_torch, oracle=False)),
+    "paper, torch.compile": Contender(partial(_torch, oracle=True, compiled=True)),
+    "ours, torch.compile": Contender(partial(_torch, oracle=False, compiled=True)),
+    "paper, OpenVINO": Contender(partial(_openvino, name=ORACLE_ONNX)),  # refuses kernels known at run time only
+    "ours, OpenVINO": Contender(partial(_openvino, name=OURS_ONNX)),
+    "paper, ONNX Runtime": Contender(partial(_onnxruntime, name=ORACLE_ONNX)),
+    "ours, ONNX Runtime": Contender(partial(_onnxruntime, name=OURS_ONNX)),
 }
-GPU_CONTENDERS: dict[str, Start] = {
-    "paper, PyTorch FP32": partial(_torch_on_gpu, oracle=True, half=False),
-    "ours, PyTorch FP32": partial(_torch_on_gpu, oracle=False, half=False),
-    "paper, PyTorch FP16": partial(_torch_on_gpu, oracle=True, half=True),
-    "ours, PyTorch FP16": partial(_torch_on_gpu, oracle=False, half=True),
-    "ours, ONNX Runtime FP32": partial(_onnxruntime, name=OURS_ONNX, provider="CUDAExecutionProvider"),
-    "ours, ONNX Runtime FP16": partial(_onnxruntime, name=HALF_ONNX, provider="CUDAExecutionProvider"),
-    "ours, TensorRT FP32": partial(_tensorrt, name=OURS_ONNX),
-    "ours, TensorRT FP16": partial(_tensorrt, name=HALF_ONNX),
+GPU_CONTENDERS: dict[str, Contender] = {
+    "paper, PyTorch FP32": Contender(partial(_torch_on_gpu, oracle=True, half=False)),
+    "ours, PyTorch FP32": Contender(partial(_torch_on_gpu, oracle=False, half=False)),
+    "paper, PyTorch FP16": Contender(partial(_torch_on_gpu, oracle=True, half=True), "fp16"),
+    "ours, PyTorch FP16": Contender(partial(_torch_on_gpu, oracle=False, half=True), "fp16"),
+    "paper, torch.compile FP16": Contender(partial(_torch_on_gpu, oracle=True, half=True, compiled=True), "fp16"),
+    "ours, torch.compile FP16": Contender(partial(_torch_on_gpu, oracle=False, half=True, compiled=True), "fp16"),
+    "paper, ONNX Runtime CUDA FP32": Contender(partial(_onnxruntime, name=ORACLE_ONNX, provider=CUDA)),
+    "ours, ONNX Runtime CUDA FP32": Contender(partial(_onnxruntime, name=OURS_ONNX, provider=CUDA)),
+    "ours, ONNX Runtime CUDA FP16": Contender(partial(_onnxruntime, name=HALF_ONNX, provider=CUDA), "fp16"),
+    "ours, ONNX Runtime TensorRT FP16": Contender(partial(_onnxruntime, name=HALF_ONNX, provider=TENSORRT), "fp16"),
+    "ours, TensorRT FP32": Contender(partial(_tensorrt, name=OURS_ONNX)),
+    "ours, TensorRT FP16": Contender(partial(_tensorrt, name=HALF_ONNX), "fp16"),
+    "ours, TensorRT FP16, no CUDA graphs": Contender(partial(_tensorrt, name=HALF_ONNX, graphs=False), "fp16"),
 }
 
 
-def peak_memory() -> int:
-    """The most memory that this process had resident so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux: getrusage there starts from what the parent process had
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def alone(name: str, setting: Setting, n: int, calls: int = 1) -> dict[str, Any]:
+    """Run a contender in a process that loads nothing else.
+
+    Args:
+        name: one of the contenders above, or a model file's path.
+        setting: what it is started with.
+        n: the group's size.
+        calls: how often it is run on that group.
+
+    Returns:
+        `first_map_s`, from the start of the process, with imports and loading, to the first group's maps; `times_s` of
+        the calls after it; `peak_memory_bytes` of the process; on a GPU also `peak_gpu_memory_bytes`.
+
+    Raises:
+        ModelError: the process failed or was killed; the message has its last words.
+    """
+    command = [sys.executable, "-m", "benchmarks.contenders", name, str(setting.folder), str(n)]
+    command += [str(setting.threads), setting.device, str(calls), repr(time.time())]
+    with subprocess.Popen(
+        command,
+        cwd=Path(__file__).resolve().parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        try:
+            gpu_memory = gpu.most_memory(process) if setting.device == "cuda" else None
+            out, _ = process.communicate()
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode < 0:
+        raise ModelError(f"its process was killed by signal {-process.returncode}, for lack of memory perhaps")
+    try:
+        found: dict[str, Any] = json.loads(out.splitlines()[-1])  # whatever an engine may print before
+    except (ValueError, IndexError) as error:
+        raise ModelError("its process failed") from error
+    if "error" in found:
+        raise ModelError(found["error"])
+    return found if gpu_memory is None else found | {"peak_gpu_memory_bytes": gpu_memory}
+
+
+def _main(name: str, folder: str, n: str, threads: str, device: str, calls: str, started: str) -> None:
+    contender = (CONTENDERS | GPU_CONTENDERS).get(name) or given(Path(name))
+    setting = Setting(Path(folder), int(threads), [int(n)], device)
+    tensors = inputs(int(n))
+    try:
+        with contender.start(setting) as run:
+            run(*tensors)
+            first_map = time.time() - float(started)
+            times = [seconds(partial(run, *tensors)) for _ in range(int(calls) - 1)]
+    except Exception as error:  # what any engine raises; the race goes on without it
+        print(json.dumps({"error": reason(error)}))
+        return
+    print(json.dumps({"first_map_s": first_map, "times_s": times, "peak_memory_bytes": peak_memory()}))
+
+
+def reason(error: Exception) -> str:
+    """Why a contender does not run, in one line; of long ones, the beginning."""
+    text = one_line(error) if isinstance(error, ICNetError) else f"{type(error).__name__}: {one_line(error)}"
+    return textwrap.shorten(text, REASON, placeholder=" …")
 
 
 if __name__ == "__main__":
-    label, folder, n, threads, device = sys.argv[1:]
-    with (CONTENDERS | GPU_CONTENDERS)[label](Setting(Path(folder), int(threads), [int(n)], device)) as runner:
-        runner(*inputs(int(n)))
-        print(peak_memory())
+    _main(*sys.argv[1:])

@@ -1,12 +1,15 @@
 """python benchmarks/latency.py: how fast is each way to run ICNet on this machine, and how much memory does it take?
 
-All contenders run interleaved in one process, in a new random order every round, on the same inputs, and their maps
-are compared, so that nobody wins by being wrong. Memory is the peak of a process that runs one contender alone.
-Absolute times hold for the machine and the moment; the ratio is the result.
+Contenders are what is installed here, and the model files that are given. All run interleaved in one process, in a new
+random order every round, on the same inputs, once they are warm. Absolute times hold for the machine and the moment;
+the ratio is the result, with its 95 % bootstrap interval. Among them runs a large matrix product (FP32 on a CPU, FP16
+on a GPU), for the share of the machine's best rate. Memory is the peak of a process that runs one contender alone, and
+the first map is counted from the start of that process.
 
-With --device cuda the GPU's contenders race. Their maps are compared with those of ONNX Runtime on the CPU too, and
-their times with a large FP16 matrix product that runs among them; who can't run on this machine is listed with the
-reason.
+Nobody wins by being wrong: maps are compared with those of the first contender, by the bound of `export.proof` on the
+mean of |Δ|, pooled over the sizes of the race. Who can't run, or fails on the way, is listed with the reason.
+
+Last come whole groups, from JPEG files to PNG maps: see `end_to_end.py`.
 """
 
 import sys
@@ -19,50 +22,47 @@ if __name__ == "__main__":  # run as a script: the same as `icnet bench`
     sys.exit(main(["bench", *sys.argv[1:]]))
 
 import argparse
-import datetime
 import json
 import logging
 import os
-import platform
-import random
-import subprocess
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks import gpu
+from benchmarks import end_to_end, gpu
+from benchmarks.accuracy import labels
+from benchmarks.agreement import Agreement, bound, precision_of, prepare
 from benchmarks.contenders import (
-    CHECKPOINT,
     CONTENDERS,
     GPU_CONTENDERS,
-    HALF_NETWORK,
     HALF_ONNX,
-    ORACLE_ONNX,
     OURS_ONNX,
+    Contender,
     Runner,
     Setting,
+    alone,
+    given,
     inputs,
+    load,
+    reason,
 )
 from benchmarks.gpu import Gpu
-from export.checkpoint import load_checkpoint, save_checkpoint
-from export.fp16 import half_precision
-from export.icnet import ICNet
-from export.reference import ReferenceICNet
-from export.to_onnx import write_onnx
-from runtime import ICNetError, InputError, ModelError, OutputError, Predictor, __version__
-from runtime.errors import one_line
-from runtime.files import replacing, same_file
+from benchmarks.machine import machine, matrix_product, name_of, wide_console
+from benchmarks.operations import total_flop
+from benchmarks.timing import Times, interleaved, percentiles, ratio, warm_up
+from runtime import ICNetError, InputError, ModelError, OutputError, Predictor
+from runtime.files import digest, replacing, same_file
 from runtime.predictor import MAX_THREADS
 
 Results = dict[str, Any]
@@ -70,27 +70,43 @@ Maps = NDArray[np.float32]
 
 SIZES = {"cpu": [1, 2, 5, 10, 20], "cuda": [1, 5, 16, 64]}
 ROUNDS = {"cpu": 7, "cuda": 30}
-WARM_UP = {"cpu": 1, "cuda": 6}  # a slot captures its CUDA graph when a size comes a second time, and there are two
+FEWEST_WARM_UPS = {"cpu": 2, "cuda": 6}  # a slot captures its CUDA graph when a size comes a second time, of two slots
 PRODUCT = "matrix product"
+# Whose way from files to files is measured, and which file each of them runs.
+WAY = {"ours, ONNX Runtime": OURS_ONNX, "ours, TensorRT FP16": Path(HALF_ONNX).with_suffix(".engine").name}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `icnet bench`."""
     add = parser.add_argument
+    add(
+        "models",
+        type=Path,
+        nargs="*",
+        metavar="MODEL",
+        help="model files to race against each other; with --checkpoint also against all that is installed here, "
+        "which is what races if none is given",
+    )
     add("--device", choices=SIZES, default="cpu", help="where to race (default cpu)")
     add("--checkpoint", type=Path, help="default: random weights of width 1 (the time is the same)")
+    add("--only", nargs="+", metavar="TEXT", help="only contenders whose name holds one of these, e.g. ours OpenVINO")
     add("--sizes", type=int, nargs="+", help="group sizes (default 1 2 5 10 20; on a GPU 1 5 16 64)")
     add("--rounds", type=int, help="timed calls per contender and size (default 7; on a GPU 30)")
+    add("--seconds", type=float, help="per size; once they have passed and there are 3 rounds, no further one begins")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads (default: all)")
     add("--no-memory", action="store_true", help="leave the memory out, which takes a process per contender and size")
+    add("--no-files", action="store_true", help="leave the way from JPEG files to PNG maps out")
     add("--output", type=Path, help="write the results as JSON (default for a GPU: benchmarks/results/gpu_NAME.json)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Race the contenders, print a table and write the results.
+    """Race the contenders, print tables and write the results; an interrupted race leaves what it has measured.
+
+    Returns:
+        0, or 130 if it was interrupted.
 
     Raises:
-        InputError: an option below 1.
+        InputError: an option out of range, or a model file that is not there.
         DependencyError: there is no GPU to race on.
         CheckpointError: the checkpoint can't be loaded.
         ModelError: the contender that all others are compared with does not run.
@@ -99,228 +115,283 @@ def run(args: argparse.Namespace) -> int:
     sizes, rounds = args.sizes or SIZES[args.device], ROUNDS[args.device] if args.rounds is None else args.rounds
     if min(sizes) < 1 or rounds < 1 or not 1 <= args.threads <= MAX_THREADS:
         raise InputError(f"--sizes, --rounds and --threads take numbers from 1 (--threads to {MAX_THREADS})")
+    for model in args.models:
+        if not model.is_file():
+            raise InputError(f"{model}: no such model file")
     card = gpu.find() if args.device == "cuda" else None
     output = args.output or (Path(f"benchmarks/results/gpu_{card.slug}.json") if card else None)
-    if output and args.checkpoint and same_file(args.checkpoint, output):
-        raise OutputError(f"{output}: is the checkpoint itself; choose another --output")
+    if output and any(same_file(file, output) for file in filter(None, (args.checkpoint, *args.models))):
+        raise OutputError(f"{output}: is one of the models; choose another --output")
+    race = Race(args.models, args.checkpoint, sizes, rounds, args.threads, card, args.only, args.seconds)
     with replacing(output) if output else nullcontext() as temporary:
-        results = race(args.checkpoint, sizes, rounds, args.threads, card, memory=not args.no_memory)
+        results = race.run(memory=not args.no_memory, files=not args.no_files)
+        if results["interrupted"] and not results["groups"]:
+            raise KeyboardInterrupt  # there is nothing to keep
         if temporary:
-            temporary.write_text(json.dumps(results, indent=1) + "\n")
+            temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if output:
         print(f"{output}: written")
-    return 0
+    return 130 if results["interrupted"] else 0
 
 
-def race(
-    checkpoint: Path | None, sizes: list[int], rounds: int, threads: int, card: Gpu | None = None, memory: bool = True
-) -> Results:
-    """Race the contenders, on the CPU or on `card`, and print a table; raises what `run` does."""
-    console = Console()
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    contenders = GPU_CONTENDERS if card else CONTENDERS
-    results: Results = {"machine": machine(threads, card), "rounds": rounds, "not_run": {}, "groups": []}
-    with (
-        tempfile.TemporaryDirectory() as name,
-        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
-    ):
-        bar = progress.add_task("exporting", total=len(contenders) + len(sizes) * (rounds + len(contenders)))
-        step = partial(progress.advance, bar)
-        setting = Setting(Path(name), threads, sizes, card.device if card else "cpu")
-        network = prepare(setting.folder, checkpoint, half=card is not None)
-        if card:
-            results["flop_per_image"] = gpu.flop_per_image(network.width)
+@dataclass
+class Race:
+    """A race, on the CPU or on `card`.
+
+    Attributes:
+        models: model files that race. If there are some, other contenders race only if there is a checkpoint too.
+        checkpoint: whose network races; None for random weights of width 1.
+        sizes: the group sizes.
+        rounds: timed calls per contender and size.
+        threads: CPU threads.
+        card: the GPU; None for the CPU.
+        only: texts of which a contender's name must hold one; None for all.
+        seconds: after which no further round of a size begins, once there are three.
+    """
+
+    models: Sequence[Path]
+    checkpoint: Path | None
+    sizes: Sequence[int]
+    rounds: int
+    threads: int
+    card: Gpu | None = None
+    only: Sequence[str] | None = None
+    seconds: float | None = None
+    results: Results = field(init=False)
+
+    def run(self, memory: bool = True, files: bool = True) -> Results:
+        """Race, and print tables. Ctrl-C ends it early: the results then say so.
+
+        Raises:
+            what `run` of this module does.
+        """
+        console = wide_console()
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        contenders = self._contenders()
+        self.results = {
+            "machine": machine(self.threads) | (gpu.description(self.card) if self.card else {}),
+            "first": next(iter(contenders)),
+            "models": {k: {"sha256": digest(p), "bytes": p.stat().st_size} for k, p in self._files().items()},
+            "interrupted": False,
+            "not_run": {},
+            "bounds": {},
+            "groups": [],
+            "end_to_end": [],
+        }
+        steps = len(contenders) + len(self.sizes) * (self.rounds + memory * len(contenders) + files)
+        with (
+            tempfile.TemporaryDirectory() as name,
+            Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+        ):
+            bar = progress.add_task("exporting", total=steps)
+
+            def step(text: str | None = None) -> None:
+                progress.update(bar, advance=0 if text else 1, description=text and escape(text))
+
+            try:
+                self._run(Path(name), contenders, memory, files, step)
+            except KeyboardInterrupt:
+                self.results["interrupted"] = True
+        self.print(console)
+        return self.results
+
+    def print(self, console: Console) -> None:
+        """The tables, and who did not run or disagrees."""
+        results = self.results
+        if results["groups"]:
+            console.print(table(results))
+        if results["end_to_end"]:
+            console.print(end_to_end.table(results))
+        plain = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+        for label, why in results["not_run"].items():
+            plain(f"not run: {label}: {why}")
+        rows = [item for group in results["groups"] for item in group["contenders"].items()]
+        for label in dict.fromkeys(label for label, row in rows if row["agrees"] is False):
+            plain(f"disagrees: {label}: its maps differ from the reference by more than rounding explains")
+        if results["interrupted"]:
+            plain("interrupted: this is what was measured until then")
+
+    def _files(self) -> dict[str, Path]:
+        return dict(zip(labels(self.models), self.models, strict=True))
+
+    def _contenders(self) -> dict[str, Contender]:
+        found = {} if self.models and not self.checkpoint else dict(GPU_CONTENDERS if self.card else CONTENDERS)
+        found |= {label: given(path, precision_of(path)) for label, path in self._files().items()}
+        if self.only:
+            found = {k: v for k, v in found.items() if any(text.lower() in k.lower() for text in self.only)}
+        if not found:
+            raise InputError(f"--only {' '.join(self.only or ())}: no contender's name holds any of these")
+        return found
+
+    def _run(
+        self, folder: Path, contenders: dict[str, Contender], memory: bool, files: bool, step: Callable[..., None]
+    ) -> None:
+        setting = Setting(folder, self.threads, self.sizes, self.card.device if self.card else "cpu")
+        paths, results = self._files(), self.results
+        own = not self.models or self.checkpoint is not None
+        network = prepare(folder, self.checkpoint, half=self.card is not None) if own else None
         with ExitStack() as stack:
             runners: dict[str, Runner] = {}
-            for label, start in contenders.items():
-                progress.update(bar, description=f"starting {label}")
+            for label, contender in contenders.items():
+                step(f"starting {label}")
                 try:
-                    runners[label] = stack.enter_context(start(setting))
-                except Exception as error:  # on a GPU there is no end of what can be missing
-                    results["not_run"][label] = _reason(error)
+                    runners[label] = stack.enter_context(contender.start(setting))
+                except Exception as error:  # there is no end of what can be missing
+                    results["not_run"][label] = reason(error)
                 step()
-            first = next(iter(contenders))
-            if first not in runners:
-                reason = results["not_run"][first]
-                raise ModelError(f"{first} does not run, and all others are compared with it: {reason}")
-            for n in sizes:
-                progress.update(bar, description=f"group of {n}")
-                results["groups"].append(_race_group(n, runners, rounds, setting, card, results, step))
+            if (first := results["first"]) not in runners:
+                why = results["not_run"][first]
+                raise ModelError(f"{first} does not run, and all others are compared with it: {why}")
+            if network and (len(runners) > 1 or self.card):
+                step("measuring the noise floor")
+                # Libraries may compute FP32 as TF32 on a GPU, which keeps as many bits as FP16 does.
+                precisions = {k: c.precision and ("fp16" if self.card else c.precision) for k, c in contenders.items()}
+                results["bounds"] = {p: bound(network, p) for p in filter(None, {*precisions.values()})}
+            else:
+                precisions = dict.fromkeys(contenders)
+            agreements = {k: Agreement(results["bounds"].get(p)) for k, p in precisions.items()}
+            reference = None
+            if network and self.card:
+                reference = stack.enter_context(Predictor(folder / OURS_ONNX, threads=self.threads)).predict_tensors
+            graph = folder / OURS_ONNX if network else next((p for p in self.models if p.suffix == ".onnx"), None)
+            for n in self.sizes:
+                self._race_group(n, runners, agreements, reference, _flop(graph, n), step)
+                torch.cuda.empty_cache()  # the next size's memory is anybody's
             runners.clear()
         torch.cuda.empty_cache()
         for group in results["groups"] if memory else ():
-            progress.update(bar, description=f"memory, group of {group['n']}")
+            step(f"memory, group of {group['n']}")
             for label, row in group["contenders"].items():
-                row["peak_memory_bytes"] = _peak_memory(label, setting, group["n"], card)
+                try:
+                    row |= alone(str(paths[label].absolute()) if label in paths else label, setting, group["n"])
+                except ICNetError as error:
+                    results["not_run"][f"{label}, alone, group of {group['n']}"] = str(error)
+                row.pop("times_s", None)
                 step()
-    console.print(table(results))
-    for label, reason in results["not_run"].items():
-        console.print(f"not run: {label}: {reason}", markup=False, highlight=False, soft_wrap=True)
-    return results
+        ways = {k: folder / name for k, name in WAY.items() if (folder / name).exists()} | paths
+        ways = {k: path for k, path in ways.items() if k in contenders and k not in results["not_run"]}
+        for label, path in ways.items() if files else ():
+            try:
+                with load(path, setting) as predictor:
+                    for n in self.sizes:
+                        step(f"files, {label}, group of {n}")
+                        row = end_to_end.measure(predictor, n, self.rounds, self.seconds)
+                        results["end_to_end"].append({"contender": label, **row})
+                        step()
+            except ICNetError as error:
+                results["not_run"][f"{label}, files"] = str(error)
 
+    def _race_group(
+        self,
+        n: int,
+        runners: dict[str, Runner],
+        agreements: dict[str, Agreement],
+        reference: Runner | None,
+        flop: int | None,
+        step: Callable[..., None],
+    ) -> None:
+        """The race for one size."""
+        kind = "cuda" if self.card else "cpu"
+        tensors, first = inputs(n), self.results["first"]
+        maps: dict[str, Maps] = {}
 
-def _race_group(
-    n: int,
-    runners: dict[str, Runner],
-    rounds: int,
-    setting: Setting,
-    card: Gpu | None,
-    results: Results,
-    step: Callable[[], None],
-) -> Results:
-    """The race for one size."""
-    tensors = inputs(n)
-    maps: dict[str, Maps] = {}
-    group: Results = {"n": n, "contenders": {}}
-    for label, runner in runners.items():
+        def call(label: str) -> None:
+            if label in failed:
+                return
+            try:
+                maps[label] = runners[label](*tensors)
+            except Exception as error:  # out of memory, above all
+                failed.add(label)
+                self.results["not_run"][f"{label}, group of {n}"] = reason(error)
+
+        failed: set[str] = set()
+        for label in runners:
+            step(f"group of {n}, warming up {label}")
+            warm_up(partial(call, label), FEWEST_WARM_UPS[kind])
+            if label not in failed and not np.isfinite(maps[label]).all():
+                failed.add(label)
+                self.results["not_run"][f"{label}, group of {n}"] = "its maps hold NaN or infinite values"
+        step(f"group of {n}")
+        work = matrix_product(self.card.device if self.card else "cpu", self.threads)
+        work.run()
+        calls: dict[str, Callable[[], object]] = {k: partial(call, k) for k in runners if k not in failed}
+        times: Times = {}
         try:
-            for _ in range(WARM_UP["cuda" if card else "cpu"]):
-                maps[label] = runner(*tensors)
-            if not np.isfinite(maps[label]).all():
-                raise ModelError("its maps hold NaN or infinite values")
-        except Exception as error:  # out of memory, above all
-            maps.pop(label, None)
-            results["not_run"][f"{label}, group of {n}"] = _reason(error)
-    calls: dict[str, Callable[[], object]] = {label: partial(runners[label], *tensors) for label in maps}
-    flop = 0
-    if card:
-        flop, calls[PRODUCT] = gpu.matrix_product(card.device)
-    times: dict[str, list[float]] = {label: [] for label in calls}
-    for _ in range(rounds):
-        for label in random.sample(list(calls), len(calls)):
-            start = time.perf_counter()
-            calls[label]()
-            times[label].append(time.perf_counter() - start)
-        step()
-    group["contenders"] = _summaries({label: times[label] for label in maps}, maps, next(iter(runners)))
-    if card:
-        rate = group["matrix_product_flop_per_s"] = flop / float(np.median(times[PRODUCT]))
-        with Predictor(setting.folder / OURS_ONNX, threads=setting.threads) as predictor:
-            expected = predictor.predict_tensors(*tensors)
-        for label, row in group["contenders"].items():
-            row["images_per_s"] = n / row["median_s"]
-            row["share_of_matrix_product"] = results["flop_per_image"] * row["images_per_s"] / rate
-            row["mean_difference_from_cpu"] = float(np.abs(maps[label] - expected).mean())
-        calls.clear()
-        torch.cuda.empty_cache()  # the next size's memory is anybody's
-    return group
+            for _ in interleaved(calls | {PRODUCT: work.run}, times, self.rounds, self.seconds):
+                step()
+        finally:  # also if interrupted
+            if times:
+                ran = {k: times[k] for k in calls if k not in failed}
+                rate = work.amount / float(np.median(times[PRODUCT]))
+                group: Results = {"n": n, "rounds": len(times[PRODUCT]), "matrix_product_flop_per_s": rate}
+                self.results["groups"].append(group | {"flop": flop, "contenders": {}})
+                expected = reference(*tensors) if reference else maps.get(first)
+                for label, seconds in ran.items():
+                    row = percentiles(seconds)
+                    row["images_per_s"] = n / row["median_s"]
+                    share = flop and flop / row["median_s"] / rate
+                    other: Results = {"share_of_matrix_product": share, "mean_difference": None, "agrees": None}
+                    if first in ran:
+                        other |= ratio(ran[first], seconds)
+                        other["mean_difference"] = float(np.abs(maps[label] - maps[first]).mean())
+                    if expected is not None:
+                        difference = np.abs(maps[label] - expected)
+                        other["agrees"] = agreements[label].add(difference)
+                        if reference:
+                            other["mean_difference_from_cpu"] = float(difference.mean())
+                    self.results["groups"][-1]["contenders"][label] = row | other
 
 
-def prepare(folder: Path, checkpoint: Path | None, half: bool = False) -> ICNet:
-    """Write the files that the contenders read: a checkpoint, the paper's network and ours as ONNX, and ours in FP16.
-
-    Args:
-        folder: where to.
-        checkpoint: None for random weights of width 1.
-        half: whether FP16 is wanted.
-
-    Returns:
-        The network.
-    """
-    torch.manual_seed(0)
-    network = ICNet().eval() if checkpoint is None else load_checkpoint(checkpoint)
-    save_checkpoint(folder / CHECKPOINT, network)
-    write_onnx(network, folder / OURS_ONNX)
-    if half:
-        typed = half_precision(network)
-        write_onnx(typed, folder / HALF_ONNX)
-        torch.save(typed, folder / HALF_NETWORK)
-    else:
-        write_onnx(ReferenceICNet.of(network), folder / ORACLE_ONNX)
-    return network
+def _flop(graph: Path | None, n: int) -> int | None:
+    """What a group of n costs; None if there is no file that says so."""
+    try:
+        return total_flop(graph, n) if graph else None
+    except ModelError:  # a file of another maker, or none at all
+        return None
 
 
-def machine(threads: int, card: Gpu | None = None) -> dict[str, Any]:
-    """What the results were measured on and with."""
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = lines[0].partition(":")[2].strip() if lines else model
-    found = {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "date": datetime.date.today().isoformat(),
-        "python": platform.python_version(),
-        "icnet-deploy": __version__,
-        "torch": torch.__version__,
-        "onnxruntime": onnxruntime.__version__,
-    }
-    if card:
-        found |= {
-            "gpu": card.name,
-            "compute_capability": card.compute_capability,
-            "driver": card.driver,
-            "gpu_memory_bytes": card.memory_bytes,
-            **gpu.versions(),
-        }
-    return found
-
-
-def _reason(error: Exception) -> str:
-    return one_line(error) if isinstance(error, ICNetError) else f"{type(error).__name__}: {one_line(error)}"
-
-
-def _summaries(times: dict[str, list[float]], maps: dict[str, Maps], first: str) -> dict[str, dict[str, Any]]:
-    """Per contender: median and 90th percentile, how many times as fast as the first, and how far from its maps.
-
-    The last two are None if the first did not run.
-    """
-    base = float(np.median(times[first])) if first in times else None
-    return {
-        label: {
-            "median_s": float(np.median(seconds)),
-            "p90_s": float(np.percentile(seconds, 90)),
-            "ratio": base and base / float(np.median(seconds)),
-            "mean_difference": float(np.abs(maps[label] - maps[first]).mean()) if base else None,
-        }
-        for label, seconds in times.items()
-    }
-
-
-def _peak_memory(label: str, setting: Setting, n: int, card: Gpu | None) -> int | None:
-    """The peak of a process that runs one contender alone: of the GPU's memory, or else of its own."""
-    command = [sys.executable, "-m", "benchmarks.contenders", label]
-    command += [str(setting.folder), str(n), str(setting.threads), setting.device]
-    root = Path(__file__).resolve().parents[1]
-    if card:
-        return gpu.peak_memory(command, str(root))
-    return int(subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout)
+# heading: (key, factor, format)
+COLUMNS: dict[str, tuple[str, float, str]] = {
+    "ms": ("median_s", 1e3, ".0f"),
+    "p90": ("p90_s", 1e3, ".0f"),
+    "p99": ("p99_s", 1e3, ".0f"),
+    "images/s": ("images_per_s", 1, ".1f"),
+    "MB": ("peak_memory_bytes", 1e-6, ".0f"),
+    "start, s": ("first_map_s", 1, ".1f"),
+    "of peak": ("share_of_matrix_product", 1, ".0%"),
+    "|Δ|": ("mean_difference", 1, ".0e"),
+}
+GPU_COLUMNS = COLUMNS | {
+    "ms": ("median_s", 1e3, ".2f"),
+    "p90": ("p90_s", 1e3, ".2f"),
+    "p99": ("p99_s", 1e3, ".2f"),
+    "GPU MB": ("peak_gpu_memory_bytes", 1e-6, ".0f"),
+    "|Δ| CPU": ("mean_difference_from_cpu", 1, ".0e"),
+}
 
 
 def table(results: Results) -> Table:
-    """The results, for a terminal."""
-    machine, on_gpu = results["machine"], "gpu" in results["machine"]
-    first = next(iter(GPU_CONTENDERS if on_gpu else CONTENDERS))
-    where = machine["gpu"] if on_gpu else f"{machine['cpu']}, {machine['threads']} threads"
-    caption = f"ratio: times as fast as {first}; memory: the peak of a process that runs it alone"
-    columns: dict[str, tuple[str, float, str]] = {  # heading: (key, factor, format)
-        "median": ("median_s", 1e3, ".2f" if on_gpu else ".0f"),
-        "p90": ("p90_s", 1e3, ".2f" if on_gpu else ".0f"),
-        "ratio": ("ratio", 1, ".2f"),
-        "memory": ("peak_memory_bytes", 1e-6, ".0f"),
-        "mean |Δ|": ("mean_difference", 1, ".0e"),
-    }
-    units = {"median": " ms", "p90": " ms", "memory": " MB", "of matmul": " %"}
-    if on_gpu:
-        caption += " on the GPU; of matmul: share of the rate of a large FP16 matrix product"
-        columns |= {
-            "|Δ| CPU": ("mean_difference_from_cpu", 1, ".0e"),
-            "images/s": ("images_per_s", 1, ".0f"),
-            "of matmul": ("share_of_matrix_product", 100, ".1f"),
-        }
-    grid = Table(title=f"{where}; times of a whole group", caption=caption)
+    """The race, for a terminal."""
+    columns = GPU_COLUMNS if "gpu" in results["machine"] else COLUMNS
+    grid = Table(
+        title=escape(f"{name_of(results['machine'])}; times of a whole group"),
+        caption=escape(
+            f"ratio: times as fast as {results['first']}, with its 95 % interval; MB: peak of a process that runs it "
+            "alone; start: from the start of that process to the first map; of peak: convolutions and products per "
+            "second, as a share of a large matrix product's rate; |Δ|: mean difference of the maps; !: disagrees"
+        ),
+    )
     grid.add_column("N", justify="right")
     grid.add_column("contender")
+    grid.add_column("ratio", justify="right", no_wrap=True)
     for heading in columns:
         grid.add_column(heading, justify="right", no_wrap=True)
     for group in results["groups"]:
         for label, row in group["contenders"].items():
-            cells = []
-            for heading, (key, factor, form) in columns.items():
+            cells = [f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]" if "ratio" in row else "–"]
+            for key, factor, form in columns.values():
                 value = row.get(key)
-                cells.append("–" if value is None else f"{value * factor:{form}}{units.get(heading, '')}")
-            grid.add_row(str(group["n"]), label, *cells)
+                cells.append("–" if value is None else f"{value * factor:{form}}")
+            grid.add_row(str(group["n"]), escape(label) + (" !" if row["agrees"] is False else ""), *map(escape, cells))
         grid.add_section()
     return grid

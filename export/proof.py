@@ -84,12 +84,7 @@ def compare(
         One difference per group, and last the one over all images of all groups. A map that is not finite has a
         difference of infinity.
     """
-    oracle = Uint8Interface(ReferenceICNet.of(network))
-    if precision == "fp16":
-        other = Uint8Interface(_rounding(ReferenceICNet.of(network)))
-    else:
-        other = Uint8Interface(ReferenceICNet.of(network)).double()
-
+    oracle, other = oracles(network, precision)
     groups = samples() if groups is None else groups
     all_maps = _run([path] if intra is None else [path, intra], groups, interface, precision)
     differences, errors, floors = [], [], []
@@ -105,6 +100,14 @@ def compare(
         floors.append(floor)
         step()
     return [*differences, _difference("all", np.concatenate(errors), np.concatenate(floors))]
+
+
+def oracles(network: ICNet, precision: str) -> tuple[Uint8Interface, Uint8Interface]:
+    """The oracle in FP32, and the one whose difference from it is the noise floor of `precision` (see above)."""
+    oracle = Uint8Interface(ReferenceICNet.of(network))
+    if precision == "fp16":
+        return oracle, Uint8Interface(_rounding(ReferenceICNet.of(network)))
+    return oracle, Uint8Interface(ReferenceICNet.of(network)).double()
 
 
 def _run(

@@ -1,0 +1,109 @@
+"""The whole way of a group: from JPEG files and SISM files to PNG maps, and the share of each stage."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from rich.markup import escape
+from rich.table import Table
+
+from benchmarks.machine import name_of
+from benchmarks.timing import Times, interleaved, percentiles, warm_up
+from runtime import Predictor
+from runtime.preprocess import BILINEAR, read_image, restore_map, sism_tensor
+
+SIZE = (640, 480)  # of the photographs, pixels: the usual in COCO
+STAGES = ("decode", "resize", "SISMs", "network", "resize back", "write")
+
+
+@lru_cache(maxsize=1)
+def _photograph() -> Image.Image:
+    """Something with the detail of a photograph at every scale (a 1/f spectrum), so that it decodes like one."""
+    rng = np.random.default_rng(0)
+    width, height = SIZE
+    y, x = np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None, :]
+    spectrum = np.fft.fft2(rng.standard_normal((height, width, 3)), axes=(0, 1))
+    pixels = np.fft.ifft2(spectrum / np.maximum(np.hypot(x, y), 1 / width)[..., None], axes=(0, 1)).real
+    return Image.fromarray((128 + 50 * pixels / pixels.std()).clip(0, 255).astype(np.uint8))
+
+
+def write_group(folder: Path, n: int) -> tuple[list[Path], list[Path]]:
+    """Write n JPEG files of 640×480 and their SISMs as PNG files of the same size."""
+    images, sisms = [folder / f"{i}.jpg" for i in range(n)], [folder / f"{i}_sism.png" for i in range(n)]
+    sism = _photograph().convert("L").resize((12, 9)).resize(SIZE, Image.Resampling.BICUBIC)
+    for image, sism_path in zip(images, sisms, strict=True):
+        _photograph().save(image, quality=90)
+        sism.save(sism_path)
+    return images, sisms
+
+
+def measure(predictor: Predictor, n: int, rounds: int, limit: float | None = None) -> dict[str, Any]:
+    """Time a group of n from files to files, through the Predictor and stage by stage, interleaved.
+
+    Returns:
+        Percentiles of the whole way; the median of each stage when one is done after the other, in seconds; and
+        `network_share`, the network's stage in the median of the whole.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        images, sisms = write_group(folder, n)
+        outputs = [folder / f"{i}.png" for i in range(n)]
+        stages: dict[str, list[float]] = {stage: [] for stage in STAGES}
+
+        def write(maps: list[NDArray[np.float32]]) -> None:
+            for map_, output in zip(maps, outputs, strict=True):
+                Image.fromarray(np.rint(map_ * 255).astype(np.uint8)).save(output)
+
+        def stage(name: str, work: Callable[[], Any]) -> Any:
+            start = time.perf_counter()
+            result = work()
+            stages[name].append(time.perf_counter() - start)
+            return result
+
+        def by_stages() -> None:
+            read = stage("decode", lambda: [read_image(p, "", "RGB", (255, 255, 255, 255)) for p in images])
+            x = stage("resize", lambda: np.stack([np.asarray(i.resize((224, 224), BILINEAR)) for i in read]))
+            s = stage("SISMs", lambda: np.stack([sism_tensor(p) for p in sisms]))
+            maps = stage("network", lambda: predictor.predict_tensors(x, s))
+            large = stage("resize back", lambda: [restore_map(m, i.size) for m, i in zip(maps, read, strict=True)])
+            stage("write", lambda: write(large))
+
+        def whole() -> None:
+            write(predictor(images, sisms))
+
+        warm_up(whole)
+        times: Times = {}
+        for _ in interleaved({"whole": whole, "stages": by_stages}, times, rounds, limit):
+            pass
+    medians = {stage: float(np.median(took)) for stage, took in stages.items()}
+    found = percentiles(times["whole"])
+    return {
+        "n": n,
+        "image": list(SIZE),
+        **found,
+        "stages_s": medians,
+        "network_share": medians["network"] / found["median_s"],
+    }
+
+
+def table(results: dict[str, Any]) -> Table:
+    """The whole way, for a terminal."""
+    grid = Table(
+        title=escape(f"{name_of(results['machine'])}; from JPEG files of {SIZE[0]}×{SIZE[1]} to PNG maps"),
+        caption="stages: one after the other; not the network: what is left of the whole way",
+    )
+    grid.add_column("N", justify="right")
+    grid.add_column("contender")
+    for heading in ("whole", *STAGES, "not the network"):
+        grid.add_column(heading, justify="right", no_wrap=True)
+    for row in results["end_to_end"]:
+        times = (f"{took * 1e3:.0f} ms" for took in (row["median_s"], *(row["stages_s"][k] for k in STAGES)))
+        rest = f"{100 * max(0.0, 1 - row['network_share']):.1f} %"
+        grid.add_row(str(row["n"]), escape(row["contender"]), *times, rest)
+    return grid

@@ -1,0 +1,122 @@
+"""What results were measured on and with, and the rates that this machine reaches at best."""
+
+import datetime
+import os
+import platform
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from runtime import __version__
+
+PACKAGES = (
+    "numpy", "pillow", "torch", "onnxruntime", "onnxruntime-gpu", "openvino", "MNN", "tensorrt", "tensorrt-rtx",
+    "pycuda", "cuda-bindings",
+)  # fmt: skip
+SIDES = {"cpu": 2048, "cuda": 8192}  # of the matrices: large enough for the full rate
+COPIED = {"cpu": 1 << 28, "cuda": 1 << 31}  # bytes: far beyond any cache
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """The CPU, the date, and the versions of what is installed."""
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = lines[0].partition(":")[2].strip() if lines else model
+    found: dict[str, Any] = {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "icnet-deploy": __version__,
+    }
+    for package in PACKAGES:
+        try:
+            found[package.lower()] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def name_of(machine: dict[str, Any]) -> str:
+    """The machine in a few words, for a title."""
+    return machine["gpu"] if "gpu" in machine else f"{machine['cpu']}, {machine['threads']} threads"
+
+
+def wide_console() -> Console:
+    """Where tables go; wide enough for them if it is no terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140
+    return console
+
+
+@dataclass(frozen=True)
+class Work:
+    """Something to time: what one call of `run` does, in FLOP or bytes."""
+
+    amount: int
+    run: Callable[[], None]
+
+
+def matrix_product(device: str, threads: int) -> Work:
+    """One large matrix product, in FLOP: FP32 on so many threads of the CPU, FP16 on a GPU."""
+    import torch
+
+    torch.set_num_threads(threads)
+    side = SIDES[torch.device(device).type]
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    a, b = (torch.randn((side, side), device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(a)
+
+    def run() -> None:
+        torch.mm(a, b, out=product)
+        if product.is_cuda:
+            torch.cuda.synchronize()
+
+    return Work(2 * side**3, run)
+
+
+def copy(device: str, threads: int) -> Work:
+    """One large copy from memory to memory, in bytes read and written."""
+    import torch
+
+    torch.set_num_threads(threads)
+    source = torch.ones(COPIED[torch.device(device).type] // 4, device=device)
+    target = torch.empty_like(source)
+
+    def run() -> None:
+        target.copy_(source)
+        if target.is_cuda:
+            torch.cuda.synchronize()
+
+    return Work(2 * source.nbytes, run)
+
+
+def memory(field: str) -> int:
+    """VmRSS or VmHWM (the most so far) of this process in bytes, from /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def peak_memory() -> int:
+    """The most memory that this process had resident so far, in bytes."""
+    if Path("/proc/self/status").exists():  # Linux: getrusage there starts from what the parent process had
+        return memory("VmHWM")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory() -> int | None:
+    """Bytes that a new process could take; None where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

@@ -1,0 +1,286 @@
+"""python benchmarks/throughput.py: how many groups per second does one Predictor take from many threads?
+
+First the *capacity*: every thread has its next group ready as soon as its last is done. Then the same groups arrive at
+random (a Poisson process) at a share of that capacity, as requests do, and wait in one queue for a free thread: queue
+time is from arrival to a thread, latency from arrival to maps.
+
+Group sizes follow a histogram: JSON {"3": 10, "4": 7}, or a data set's folders img/GROUP/, or "service": 3 to 8 images,
+all alike.
+
+Idle is, on the CPU, the share of the threads' time in which the process did not compute (CPU time against wall time);
+on a GPU, the share of the time in which no kernel ran, as nvidia-smi samples it.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a script: the same as `icnet throughput`
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from icnet_cli import main
+
+    sys.exit(main(["throughput", *sys.argv[1:]]))
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks import gpu
+from benchmarks.contenders import Setting, inputs, load
+from benchmarks.machine import machine, name_of, peak_memory, wide_console
+from runtime import ICNetError, InputError, OutputError, Predictor
+from runtime.files import digest, replacing, same_file
+from runtime.groups import find_groups
+from runtime.predictor import MAX_THREADS
+
+SERVICE = "service"
+HISTOGRAMS = {SERVICE: dict.fromkeys(range(3, 9), 1)}
+MOST_IMAGES = 4096  # in one group of a histogram
+SAMPLES_MS = 100  # between nvidia-smi's
+
+Results = dict[str, Any]
+Histogram = dict[int, int]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `icnet throughput`."""
+    add = parser.add_argument
+    add("model", type=Path, help="an export, an engine, or whatever else a Predictor runs")
+    add("--sizes", default=SERVICE, metavar="HISTOGRAM", help="JSON file, data set, or 'service' (default)")
+    add("--groups", type=int, default=60, help="in each of the two streams (default 60)")
+    add("--callers", type=int, default=4, help="threads that call the Predictor (default 4)")
+    add("--load", type=float, default=0.7, help="arrivals as a share of the capacity (default 0.7)")
+    add("--threads", type=int, help="CPU threads of one call (default: one per core)")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="where an ONNX file runs, and what is idle or not")
+    add("--seed", type=int, default=0)
+    add("--output", type=Path, help="write the results as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run both streams, print a table and write the results; an interrupted run leaves what it has measured.
+
+    Returns:
+        0, or 130 if it was interrupted.
+
+    Raises:
+        InputError: an option out of range, or a histogram that can't be used.
+        DependencyError: --device cuda without a GPU.
+        ModelError: the model can't be loaded, or fails.
+        OutputError: the results can't be written.
+    """
+    threads = os.cpu_count() or 1 if args.threads is None else args.threads
+    if min(args.groups, args.callers, threads) < 1 or max(args.callers, threads) > MAX_THREADS or args.seed < 0:
+        raise InputError(f"--groups, --callers and --threads take numbers from 1 (threads to {MAX_THREADS})")
+    if not 0 < args.load <= 2:
+        raise InputError(f"--load {args.load:g}: expected a share of the capacity, e.g. 0.7")
+    histogram = read_histogram(args.sizes)
+    if args.output and any(same_file(args.output, path) for path in (args.model, args.sizes)):
+        raise OutputError(f"{args.output}: is an input of this run; choose another --output")
+    card = gpu.find() if args.device == "cuda" else None
+    rng = np.random.default_rng(args.seed)
+    shares = np.array([*histogram.values()]) / sum(histogram.values())
+    sizes = [int(n) for n in rng.choice([*histogram], args.groups, p=shares)]
+    results: Results = {
+        "machine": machine(threads) | (gpu.description(card) if card else {}),
+        "model": {"name": args.model.name, "sha256": digest(args.model)},
+        "histogram": histogram,
+        "callers": args.callers,
+        "load": args.load,
+        "interrupted": False,
+        "streams": {},
+    }
+    console = wide_console()
+    setting = Setting(Path(), threads, [*histogram], args.device)
+    with replacing(args.output) if args.output else nullcontext() as temporary:
+        with (
+            load(args.model, setting) as predictor,
+            Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+        ):
+            try:
+                for n in progress.track(sorted(set(sizes)), description="warming up"):
+                    predictor.predict_tensors(*inputs(n))
+                capacity = Stream(predictor, sizes, np.zeros(len(sizes)), args.callers)
+                results["streams"]["capacity"] = capacity.run(progress, threads, card is not None)
+                gaps = rng.exponential(1 / (args.load * results["streams"]["capacity"]["groups_per_s"]), len(sizes))
+                arriving = Stream(predictor, sizes, np.cumsum(gaps), args.callers)
+                results["streams"]["arriving"] = arriving.run(progress, threads, card is not None)
+            except KeyboardInterrupt:
+                if not results["streams"]:
+                    raise
+                results["interrupted"] = True
+        results["peak_memory_bytes"] = peak_memory()
+        console.print(table(results))
+        if results["interrupted"]:
+            console.print("interrupted: this is what was measured until then")
+        if temporary:
+            temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if args.output:
+        print(f"{args.output}: written")
+    return 130 if results["interrupted"] else 0
+
+
+def read_histogram(source: str) -> Histogram:
+    """How many groups there are of each size.
+
+    Args:
+        source: the name of a built-in one, a JSON file {"size": groups}, or a data set with img/GROUP/ folders.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    if source in HISTOGRAMS:
+        return HISTOGRAMS[source]
+    path = Path(source)
+    if path.is_dir():
+        groups = [group for group in find_groups(path, None) if group.problem is None]
+        return dict(sorted(Counter(len(group.images) for group in groups).items()))
+    try:
+        found = {int(size): count for size, count in json.loads(path.read_text(encoding="utf-8")).items()}
+        good = all(isinstance(c, int) and c >= 0 for c in found.values()) and sum(found.values()) > 0
+    except FileNotFoundError as error:
+        raise InputError(f"{source}: no such file or data set, and not one of {', '.join(HISTOGRAMS)}") from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f'{source}: not a histogram: expected JSON such as {{"3": 10, "4": 7}}') from error
+    if not good or not all(1 <= size <= MOST_IMAGES for size in found):
+        raise InputError(f"{source}: sizes must be 1 to {MOST_IMAGES} and their counts whole numbers, some above 0")
+    return {size: count for size, count in sorted(found.items()) if count}
+
+
+@dataclass
+class Stream:
+    """Groups that arrive at given times, and threads that take them in that order.
+
+    Attributes:
+        predictor: what all threads call.
+        sizes: of the groups.
+        arrivals: seconds from the start, ascending; a group that is not taken at once waits.
+        callers: threads.
+    """
+
+    predictor: Predictor
+    sizes: Sequence[int]
+    arrivals: Sequence[float] | np.ndarray[Any, np.dtype[np.float64]]
+    callers: int
+    _next: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _rows: list[tuple[float, float, float]] = field(default_factory=list)  # arrival, taken, done
+    _error: ICNetError | None = None
+    _stopped: threading.Event = field(default_factory=threading.Event)
+
+    def run(self, progress: Progress, threads: int, on_gpu: bool) -> Results:
+        """Run to the end.
+
+        Raises:
+            ICNetError: a group failed.
+        """
+        tensors = {n: inputs(n) for n in set(self.sizes)}
+        bar = progress.add_task("groups", total=len(self.sizes))
+        sampler = _Sampler() if on_gpu else None
+        cpu, start = time.process_time(), time.perf_counter()
+        pool = [threading.Thread(target=self._work, args=(start, tensors), daemon=True) for _ in range(self.callers)]
+        for thread in pool:
+            thread.start()
+        try:
+            for thread in pool:
+                while thread.is_alive():
+                    thread.join(0.05)
+                    progress.update(bar, completed=len(self._rows))
+        finally:
+            self._stopped.set()
+            for thread in pool:
+                thread.join()
+            idle = sampler.stop() if sampler else None
+        if self._error:
+            raise self._error
+        wall = time.perf_counter() - start
+        if not on_gpu:
+            idle = max(0.0, 1 - (time.process_time() - cpu) / (wall * threads))
+        arrival, taken, done = np.array(self._rows).T
+        p50, p90, p99 = np.percentile(done - arrival, [50, 90, 99])
+        return {
+            "groups": len(done),
+            "images": sum(self.sizes),
+            "groups_per_s": len(done) / wall,
+            "images_per_s": sum(self.sizes) / wall,
+            "latency_s": {"median": float(p50), "p90": float(p90), "p99": float(p99)},
+            "queue_s": {"median": float(np.median(taken - arrival)), "p99": float(np.percentile(taken - arrival, 99))},
+            "idle_share": idle,
+        }
+
+    def _work(self, start: float, tensors: dict[int, Any]) -> None:
+        while not self._stopped.is_set():
+            with self._lock:
+                i = self._next
+                if i == len(self.sizes) or self._error:
+                    return
+                self._next += 1
+            due = float(self.arrivals[i])
+            if self._stopped.wait(max(0.0, start + due - time.perf_counter())):
+                return
+            taken = time.perf_counter() - start
+            try:
+                self.predictor.predict_tensors(*tensors[self.sizes[i]])
+            except ICNetError as error:
+                self._error = error
+                return
+            done = time.perf_counter() - start
+            arrival = due if due else taken  # no arrivals: a group is there when a thread is
+            self._rows.append((arrival, taken, done))
+
+
+class _Sampler:
+    """The GPU's utilisation while something runs, from nvidia-smi."""
+
+    def __init__(self) -> None:
+        command = shutil.which("nvidia-smi")
+        query = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--id=0", f"--loop-ms={SAMPLES_MS}"]
+        self._process = None
+        if command:
+            self._process = subprocess.Popen([command, *query], stdout=subprocess.PIPE, text=True)
+
+    def stop(self) -> float | None:
+        """The idle share; None where nvidia-smi is missing or does not say."""
+        if self._process is None:
+            return None
+        self._process.terminate()
+        samples = [float(line) for line in self._process.communicate()[0].split() if line.isdigit()]
+        return 1 - float(np.mean(samples)) / 100 if samples else None
+
+
+def table(results: Results) -> Table:
+    """Both streams, for a terminal."""
+    sizes = [*results["histogram"]]
+    grid = Table(
+        title=escape(
+            f"{name_of(results['machine'])}; {results['model']['name']}; groups of {min(sizes)} to {max(sizes)}, "
+            f"{results['callers']} callers"
+        )
+    )
+    grid.add_column("stream")
+    for heading in ("groups/s", "images/s", "latency p50", "p90", "p99", "queue p50", "p99", "idle"):
+        grid.add_column(heading, justify="right", no_wrap=True)
+    names = {"capacity": "all at once", "arriving": f"{results['load']:.0%} of that, at random"}
+    for key, row in results["streams"].items():
+        times = (*row["latency_s"].values(), *row["queue_s"].values())
+        idle = "–" if row["idle_share"] is None else f"{row['idle_share']:.0%}"
+        cells = (
+            f"{row['groups_per_s']:.2f}",
+            f"{row['images_per_s']:.1f}",
+            *(f"{t * 1e3:.0f} ms" for t in times),
+            idle,
+        )
+        grid.add_row(names[key], *cells)
+    return grid

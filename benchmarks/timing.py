@@ -1,0 +1,97 @@
+"""How calls are timed against each other, and what is made of the times."""
+
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+STEADY = 0.05  # a call that beats the best so far by less than this share has nothing left to warm up
+MOST_WARM_UPS = 12
+WARM_UP_SECONDS = 60.0
+RESAMPLES = 2000
+FEWEST_ROUNDS = 3
+
+Times = dict[str, list[float]]
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def warm_up(call: Callable[[], object], fewest: int = 2) -> float:
+    """Call until the times have settled, or twelve times or a minute have passed.
+
+    Returns:
+        The best time, in seconds.
+    """
+    begin = time.perf_counter()
+    best, calls = float("inf"), 0
+    while True:
+        took = seconds(call)
+        calls += 1
+        settled = took > best * (1 - STEADY)
+        best = min(best, took)
+        if calls >= MOST_WARM_UPS or time.perf_counter() - begin > WARM_UP_SECONDS or (settled and calls >= fewest):
+            return best
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], times: Times, rounds: int, limit: float | None = None
+) -> Iterator[None]:
+    """Time calls against each other: all of them in every round, in a new random order.
+
+    Args:
+        calls: what to time.
+        times: takes the times in seconds of every whole round.
+        rounds: how often.
+        limit: seconds; once they have passed and there are three rounds, no further round begins.
+
+    Yields:
+        After every round.
+    """
+    begin = time.perf_counter()
+    done = 0
+    while done < rounds:
+        if limit is not None and done >= FEWEST_ROUNDS and time.perf_counter() - begin > limit:
+            return
+        names = random.sample(list(calls), len(calls))
+        for name, took in [(name, seconds(calls[name])) for name in names]:  # a round that is broken off is lost
+            times.setdefault(name, []).append(took)
+        done += 1
+        yield
+
+
+def percentiles(times: Sequence[float]) -> dict[str, float]:
+    """Median, 90th and 99th percentile, in the times' unit."""
+    values = np.percentile(times, [50, 90, 99])
+    return dict(zip(("median_s", "p90_s", "p99_s"), map(float, values), strict=True))
+
+
+def ratio(base: Sequence[float], times: Sequence[float]) -> dict[str, float]:
+    """How many times as fast as `base`: the ratio of the medians, and its 95 % bootstrap interval.
+
+    Args:
+        base: times of the reference, by round.
+        times: those of the other in the same rounds: whole rounds are resampled (Efron & Tibshirani, 1993), so
+            what slows a round slows both.
+    """
+    first, other = np.asarray(base), np.asarray(times)
+    rounds = np.random.default_rng(0).integers(0, len(first), (RESAMPLES, len(first)))
+    ratios = np.median(first[rounds], axis=1) / np.median(other[rounds], axis=1)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return {
+        "ratio": float(np.median(first) / np.median(other)),
+        "ratio_low": float(low),
+        "ratio_high": float(high),
+    }
+
+
+def line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """Offset and slope of the straight line that fits best in relative terms, so that no large x drowns the small."""
+    weights = 1 / np.maximum(np.asarray(y, float), 1e-12)
+    slope, offset = np.polyfit(x, y, 1, w=weights)
+    return float(offset), float(slope)
