@@ -24,10 +24,13 @@ COMMANDS = {
     "paste": ("training.paste", "train", "groups with ground truths, made by cut and paste"),
     "pretrain": ("training.pretrain", "cpu,export,train", "a VGG16 of any width that knows the classes of cut-outs"),
     "train": ("training.train", "cpu,export,train", "the paper's training, on a data set or on cut-and-paste groups"),
-    "groups": ("benchmarks.groups", "cpu", "many groups packed against one by one, and a large one in chunks"),
     "bench": ("benchmarks.latency", "cpu,export", "latency and memory on this machine, beside the alternatives"),
     "throughput": ("benchmarks.throughput", "cpu", "groups per second from many threads, queue time and idle share"),
-    "growth": ("benchmarks.growth", "cpu", "time and memory against the group's size, and over many groups"),
+    "growth": (
+        "benchmarks.growth",
+        "cpu",
+        "time and memory against the group's size, in chunks, and against packed groups",
+    ),
     "roofline": ("benchmarks.roofline", "cpu,export", "operations, bytes, the machine's bound, the costliest nodes"),
     "report": (
         "benchmarks.report",

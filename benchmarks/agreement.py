@@ -1,11 +1,18 @@
 """The networks of a race as files, and whether the contenders that run them agree.
 
 The bound is that of `export.proof` for FP32, on the mean of |Δ|: four times the noise floor, which is measured on the
-race's own network and inputs. Like there, differences are pooled over groups. For FP16 it is four times its floor too,
-not two as for a file of ours: other ways to compute in FP16 (PyTorch's autocast) round in other places.
+race's own network, one floor per precision. Like there, and for the same reason, differences are pooled over groups:
+before the race all contenders compute the groups that the floor is measured on. For FP16 it is four times its floor
+too, not three as for a file of ours: other ways to compute in FP16 (PyTorch's autocast) round in other places. That
+does not excuse everything: on a trained network autocast, which correlates in FP16, was a hundred floors away.
+
+The floor of INT8 is the oracle whose convolutions read what they read, and have their weights, in 8 bits (but for those
+that `icnet calibrate` leaves in floating point), against the plain oracle. Calibrated files were 0.8 to 1.4 of these
+floors away (three networks, one of them trained, minmax and entropy), networks of other weights 14 to 230.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,16 +20,22 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from benchmarks.contenders import CHECKPOINT, HALF_NETWORK, HALF_ONNX, ORACLE_ONNX, OURS_ONNX, inputs
+from benchmarks.contenders import CHECKPOINT, HALF_NETWORK, HALF_ONNX, ORACLE_ONNX, OURS_ONNX, PACKED_ONNX, inputs
 from export.checkpoint import load_checkpoint, save_checkpoint
-from export.fp16 import half_precision
-from export.icnet import ICNet
-from export.proof import ALLOWED_FLOORS, NEGLIGIBLE_MEAN, oracles
+from export.fp16 import fold_batch_norms, half_precision
+from export.icnet import ICNet, Uint8Interface
+from export.proof import NEGLIGIBLE_MEAN, oracles
 from export.reference import ReferenceICNet
 from export.to_onnx import write_onnx
 
-FLOOR_SIZES = (1, 2, 5)  # of the groups that the noise floor is measured on
+PRECISIONS = ("fp32", "fp16", "int8")
+FLOORS = 4.0  # that the mean of |Δ| may be
+GROUPS = (1, 2, 5, 1, 2, 5)  # sizes of those that are judged
+NOT_INT8 = ("vgg.vgg.0", "get_pred_4.pred.0", "refine_1.pred.pred.0")  # as in calibration.graph
+LEVELS = 127  # of INT8, on one side of 0
+NOTED = re.compile(rb'"precision": "(\w+)"')
 
 
 def prepare(folder: Path, checkpoint: Path | None, half: bool = False) -> ICNet:
@@ -47,29 +60,63 @@ def prepare(folder: Path, checkpoint: Path | None, half: bool = False) -> ICNet:
     if half:
         typed = half_precision(network)
         write_onnx(typed, folder / HALF_ONNX)
+        write_onnx(typed, folder / PACKED_ONNX, "packed")
         torch.save(typed, folder / HALF_NETWORK)
     return network
 
 
-def precision_of(path: Path) -> str | None:
-    """What an export says of itself; None where a file says nothing, or names a precision that has no bound."""
+def precision_of(path: Path) -> str:
+    """The precision by which a model file is to be judged: what it says of itself, or INT8's if it says nothing.
+
+    An export says it in its metadata; what was built from one notes them, in the file or in NAME.json beside it.
+    """
     try:
-        properties = {p.key: p.value for p in onnx.load(path, load_external_data=False).metadata_props}
+        precision = {p.key: p.value for p in onnx.load(path, load_external_data=False).metadata_props}.get("precision")
     except Exception:  # not an ONNX file; whether it is a model at all shows when it is started
-        return None
-    precision = properties.get("precision")
-    return precision if precision in ALLOWED_FLOORS else None
+        notes = path.with_name(f"{path.name}.json")
+        found = NOTED.search((notes if notes.is_file() else path).read_bytes())
+        precision = found[1].decode() if found else None
+    return precision if precision in PRECISIONS else "int8"
 
 
-def bound(network: ICNet, precision: str, sizes: Sequence[int] = FLOOR_SIZES) -> float:
-    """How large the mean of |Δ| may be by rounding alone: see `export.proof`."""
-    oracle, other = oracles(network, precision)
-    differences = []
-    for n in sizes:
-        tensors = [torch.from_numpy(array) for array in inputs(n)]
+def judged(largest: int) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+    """The groups, of at most so many images, that the floor is measured and all contenders are judged on."""
+    return [inputs(min(n, largest), seed) for seed, n in enumerate(GROUPS, 1)]
+
+
+def bounds(
+    network: ICNet, precisions: Iterable[str], groups: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]]
+) -> dict[str, float]:
+    """How large the mean of |Δ| over these groups may be by rounding alone, by precision: see above."""
+    oracle = Uint8Interface(ReferenceICNet.of(network))
+    others = {
+        p: Uint8Interface(_in_int8(ReferenceICNet.of(network))) if p == "int8" else oracles(network, p)[1]
+        for p in precisions
+    }
+    differences: dict[str, list[Tensor]] = {p: [] for p in others}
+    for group in groups:
+        tensors = [torch.from_numpy(array) for array in group]
         with torch.inference_mode():
-            differences.append((oracle(*tensors) - other(*tensors)).abs().double().flatten())
-    return max(ALLOWED_FLOORS["fp32"] * float(torch.cat(differences).mean()), NEGLIGIBLE_MEAN)
+            maps = oracle(*tensors)
+            for p, other in others.items():
+                differences[p].append((maps - other(*tensors)).abs().double().flatten())
+    return {p: max(FLOORS * float(torch.cat(d).mean()), NEGLIGIBLE_MEAN) for p, d in differences.items()}
+
+
+def _in_int8(network: ICNet) -> ICNet:
+    """The network with its convolutions' weights and inputs rounded to INT8, in place; per output channel."""
+
+    def rounded(x: Tensor, limit: Tensor) -> Tensor:
+        scale = limit.clamp_min(torch.finfo(x.dtype).tiny) / LEVELS
+        return (x / scale).round().clamp(-LEVELS, LEVELS) * scale
+
+    fold_batch_norms(network)
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d) and name not in NOT_INT8:
+            weight = module.weight.data
+            module.weight.data = rounded(weight, weight.abs().amax(dim=(1, 2, 3), keepdim=True))
+            module.register_forward_pre_hook(lambda _module, inputs: (rounded(inputs[0], inputs[0].abs().max()),))
+    return network
 
 
 @dataclass

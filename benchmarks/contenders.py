@@ -1,7 +1,7 @@
 """The ways to run ICNet that are raced against each other, each a function from tensors to maps.
 
-As a program (`python -m benchmarks.contenders NAME FOLDER N THREADS DEVICE CALLS STARTED`) it runs one of them in a
-process that loads nothing else, and prints what that took as JSON: see `alone`.
+As a program (`python -m benchmarks.contenders NAME FOLDER N THREADS DEVICE CHUNK CALLS STARTED`) it runs one of them in
+a process that loads nothing else, and prints what that took as JSON: see `alone`.
 """
 
 import json
@@ -27,11 +27,13 @@ from benchmarks.timing import seconds
 from runtime import DependencyError, ICNetError, ModelError, Predictor
 from runtime.backends.onnx import CPU
 from runtime.errors import one_line
+from runtime.files import bank_files, digest
 
 CHECKPOINT = "icnet.pth"  # the files in a race's folder
 ORACLE_ONNX = "oracle.onnx"
 OURS_ONNX = "icnet.onnx"
-HALF_ONNX = "icnet.fp16.onnx"  # these two for races on a GPU only
+HALF_ONNX = "icnet.fp16.onnx"  # these three for races on a GPU only
+PACKED_ONNX = "icnet.fp16.packed.onnx"
 HALF_NETWORK = "icnet.fp16.pt"
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 
@@ -49,12 +51,15 @@ class Setting:
         threads: CPU threads.
         sizes: the group sizes of the race.
         device: where PyTorch runs, "cpu" or "cuda".
+        chunk: images at once of model files that were given; larger groups are run in chunks, by the two files of a
+            bank export beside them. None: at once, whatever the size.
     """
 
     folder: Path
     threads: int
     sizes: Sequence[int]
     device: str = "cpu"
+    chunk: int | None = None
 
 
 Start = Callable[[Setting], AbstractContextManager[Runner]]
@@ -66,17 +71,30 @@ class Contender:
 
     Attributes:
         start: loads it.
-        precision: "fp32" or "fp16", by which its maps are judged; None if they aren't (INT8, or not known).
+        precision: "fp32", "fp16" or "int8", by which its maps are judged.
     """
 
     start: Start
-    precision: str | None = "fp32"
+    precision: str = "fp32"
 
 
-def inputs(n: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """A group of n random images and SISMs: uint8 [n, 224, 224, 3] and [n, 224, 224]."""
-    rng = np.random.default_rng(n)
-    return rng.integers(0, 256, (n, 224, 224, 3), np.uint8), rng.integers(0, 256, (n, 224, 224), np.uint8)
+def picture(rng: np.random.Generator, width: int, height: int, steepness: float = 1) -> NDArray[np.uint8]:
+    """Noise with a photograph's spectrum (1/f) or a steeper one, uint8 [height, width, 3].
+
+    White noise would do for times, but INT8 files are not calibrated for it, and it does not decode like images.
+    """
+    y, x = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :]
+    spectrum = np.fft.rfft2(rng.standard_normal((height, width, 3)), axes=(0, 1))
+    falling = np.maximum(np.hypot(x, y), 1 / width)[..., None] ** steepness
+    pixels = np.fft.irfft2(spectrum / falling, (height, width), axes=(0, 1))
+    return (128 + 50 * pixels / pixels.std()).clip(0, 255).astype(np.uint8)
+
+
+def inputs(n: int, seed: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """A group of n made-up images and SISMs: uint8 [n, 224, 224, 3] and [n, 224, 224]."""
+    rng = np.random.default_rng((n, seed))
+    images = np.stack([picture(rng, 224, 224) for _ in range(n)])
+    return images, np.stack([picture(rng, 224, 224, 2)[..., 0] for _ in range(n)])
 
 
 @contextmanager
@@ -147,7 +165,6 @@ def _module(folder: Path, oracle: bool, half: bool, compiled: bool) -> Any:
 
 @contextmanager
 def _onnxruntime(setting: Setting, name: str, provider: str = CPU) -> Iterator[Runner]:
-
     with Predictor(setting.folder / name, threads=setting.threads, providers=[provider]) as predictor:
         yield predictor.predict_tensors
 
@@ -176,12 +193,15 @@ def _openvino(setting: Setting, name: str) -> Iterator[Runner]:
 
 @contextmanager
 def _tensorrt(setting: Setting, name: str, graphs: bool = True) -> Iterator[Runner]:
-    """An engine, built here unless it has been, with a profile tuned for each size of the race."""
+    """An engine, built here unless it has been, with a profile tuned for each size of the race.
+
+    `name` is that of a file in the race's folder, or a path elsewhere.
+    """
     from export.build_engine import Profile, build_engine
     from runtime.backends.tensorrt import TensorRTBackend
     from runtime.cuda import Cuda
 
-    engine = (setting.folder / name).with_suffix(".engine")
+    engine = engine_of(setting.folder, name)
     if not engine.exists():
         Cuda().close()  # where it can't run, it need not be built
         sizes = sorted(set(setting.sizes))
@@ -198,9 +218,21 @@ def _tensorrt(setting: Setting, name: str, graphs: bool = True) -> Iterator[Runn
         backend.close()
 
 
-def load(path: Path, setting: Setting) -> Predictor:
+def engine_of(folder: Path, name: str) -> Path:
+    """Where the engine of an ONNX file is built; of those elsewhere, several may have one name."""
+    path = folder / name
+    return path.with_suffix(".engine") if path.parent == folder else folder / f"{digest(path)}.engine"
+
+
+def load(path: Path, setting: Setting, max_images: int | None = None) -> Predictor:
     """A model file as users run it; raises what `Predictor` does."""
-    return Predictor(path, threads=setting.threads, providers=[CUDA if setting.device == "cuda" else CPU])
+    return Predictor(
+        path,
+        bank=None if setting.chunk is None else bank_files(path),
+        threads=setting.threads,
+        providers=[CUDA if setting.device == "cuda" else CPU],
+        max_images=max_images or setting.chunk,
+    )
 
 
 @contextmanager
@@ -209,9 +241,14 @@ def _file(setting: Setting, path: Path) -> Iterator[Runner]:
         yield predictor.predict_tensors
 
 
-def given(path: Path, precision: str | None = None) -> Contender:
+def given(path: Path, precision: str = "int8") -> Contender:
     """A model file as a contender: an export, an engine, or whatever else a Predictor runs."""
     return Contender(partial(_file, path=path.absolute()), precision)
+
+
+def given_to_tensorrt(path: Path, precision: str) -> Contender:
+    """An ONNX file as a contender, built into an engine."""
+    return Contender(partial(_tensorrt, name=str(path.absolute())), precision)
 
 
 # The first is what all others are compared with.
@@ -239,6 +276,7 @@ GPU_CONTENDERS: dict[str, Contender] = {
     "ours, TensorRT FP32": Contender(partial(_tensorrt, name=OURS_ONNX)),
     "ours, TensorRT FP16": Contender(partial(_tensorrt, name=HALF_ONNX), "fp16"),
     "ours, TensorRT FP16, no CUDA graphs": Contender(partial(_tensorrt, name=HALF_ONNX, graphs=False), "fp16"),
+    "ours, TensorRT FP16, packed": Contender(partial(_tensorrt, name=PACKED_ONNX), "fp16"),
 }
 
 
@@ -256,10 +294,10 @@ def alone(name: str, setting: Setting, n: int, calls: int = 1) -> dict[str, Any]
         the calls after it; `peak_memory_bytes` of the process; on a GPU also `peak_gpu_memory_bytes`.
 
     Raises:
-        ModelError: the process failed or was killed; the message has its last words.
+        ModelError: it can't run, or its process failed or was killed.
     """
     command = [sys.executable, "-m", "benchmarks.contenders", name, str(setting.folder), str(n)]
-    command += [str(setting.threads), setting.device, str(calls), repr(time.time())]
+    command += [str(setting.threads), setting.device, str(setting.chunk or 0), str(calls), repr(time.time())]
     with subprocess.Popen(
         command,
         cwd=Path(__file__).resolve().parents[1],
@@ -284,9 +322,9 @@ def alone(name: str, setting: Setting, n: int, calls: int = 1) -> dict[str, Any]
     return found if gpu_memory is None else found | {"peak_gpu_memory_bytes": gpu_memory}
 
 
-def _main(name: str, folder: str, n: str, threads: str, device: str, calls: str, started: str) -> None:
+def _main(name: str, folder: str, n: str, threads: str, device: str, chunk: str, calls: str, started: str) -> None:
     contender = (CONTENDERS | GPU_CONTENDERS).get(name) or given(Path(name))
-    setting = Setting(Path(folder), int(threads), [int(n)], device)
+    setting = Setting(Path(folder), int(threads), [int(n)], device, int(chunk) or None)
     tensors = inputs(int(n))
     try:
         with contender.start(setting) as run:

@@ -13,6 +13,7 @@ from PIL import Image
 from rich.markup import escape
 from rich.table import Table
 
+from benchmarks.contenders import picture
 from benchmarks.machine import name_of
 from benchmarks.timing import Times, interleaved, percentiles, warm_up
 from runtime import Predictor
@@ -24,13 +25,7 @@ STAGES = ("decode", "resize", "SISMs", "network", "resize back", "write")
 
 @lru_cache(maxsize=1)
 def _photograph() -> Image.Image:
-    """Something with the detail of a photograph at every scale (a 1/f spectrum), so that it decodes like one."""
-    rng = np.random.default_rng(0)
-    width, height = SIZE
-    y, x = np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None, :]
-    spectrum = np.fft.fft2(rng.standard_normal((height, width, 3)), axes=(0, 1))
-    pixels = np.fft.ifft2(spectrum / np.maximum(np.hypot(x, y), 1 / width)[..., None], axes=(0, 1)).real
-    return Image.fromarray((128 + 50 * pixels / pixels.std()).clip(0, 255).astype(np.uint8))
+    return Image.fromarray(picture(np.random.default_rng(0), *SIZE))
 
 
 def write_group(folder: Path, n: int) -> tuple[list[Path], list[Path]]:

@@ -1,9 +1,13 @@
-"""python benchmarks/growth.py: how do time and memory grow with the group, and does memory grow with the groups?
+"""python benchmarks/growth.py: how do time and memory grow with the group, and with the number of groups?
 
 Every group size runs in a process of its own: the time from its start to the first map, the median of the calls after
 that, and the peak of its memory. Through the points goes a straight line: its slope is the cost of one more image, its
 offset what a group costs in any case. A size whose memory would not fit, by the line through the smaller ones, is left
 out with the reason.
+
+If the two files of a bank export lie beside a model (NAME.intra.onnx, NAME.banked.onnx), groups larger than --chunk are
+also run in chunks, as a model of its own. If a packed export does (NAME.packed.onnx), several groups in one call race
+against the same groups one by one, interleaved in one process; memory is that of a process of its own again.
 
 With --groups one process runs that many groups of mixed sizes, and its resident memory is recorded on the way.
 """
@@ -19,11 +23,14 @@ if __name__ == "__main__":  # run as a script: the same as `icnet growth`
 
 import argparse
 import json
-import os
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
@@ -31,13 +38,15 @@ from rich.table import Table
 
 from benchmarks.accuracy import labels
 from benchmarks.contenders import Setting, alone, inputs, load
-from benchmarks.machine import available_memory, machine, memory, name_of, wide_console
-from benchmarks.timing import line
-from runtime import ICNetError, InputError, OutputError
-from runtime.files import digest, replacing, same_file
+from benchmarks.machine import available_memory, cores, machine, memory, name_of, wide_console
+from benchmarks.timing import Times, interleaved, interval, line, ratio, warm_up
+from runtime import ICNetError, InputError, OutputError, Predictor
+from runtime.bank import MAX_IMAGES
+from runtime.files import bank_files, digest, replacing, same_file
 from runtime.predictor import MAX_THREADS
 
 SIZES = [1, 2, 5, 10, 20, 50, 100, 200, 300]
+PACKS = [1, 2, 4, 8]  # groups in one call
 STREAM_SIZES = (1, 2, 3, 5, 8)  # of the groups of --groups
 RECORDS = 20  # of the memory during --groups
 SPARE = 0.8  # of the free memory that a size may take
@@ -52,8 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("models", type=Path, nargs="+", metavar="MODEL", help="exports, engines, or whatever else a Predictor runs")
     add("--sizes", type=int, nargs="+", default=SIZES, help=f"group sizes (default {' '.join(map(str, SIZES))})")
     add("--calls", type=int, default=4, help="per size; the first is the first map (default 4)")
+    add("--chunk", type=int, default=MAX_IMAGES, help=f"images at once in chunks (default {MAX_IMAGES})")
+    add("--packs", type=int, nargs="+", default=PACKS, help="groups in one call (default 1 2 4 8; 0: none)")
+    add("--pack-size", type=int, default=5, metavar="N", help="images in each of these groups (default 5)")
     add("--groups", type=int, default=0, help="also run so many groups of mixed sizes, and watch the memory")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads (default: all)")
+    add("--threads", type=int, default=cores(), help="CPU threads (default: all)")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where ONNX files run (default cpu)")
     add("--output", type=Path, help="write the results as JSON")
 
@@ -69,8 +81,12 @@ def run(args: argparse.Namespace) -> int:
         ModelError: --groups: a model can't be loaded, or fails.
         OutputError: the results can't be written.
     """
-    if min(args.sizes) < 1 or args.calls < 2 or args.groups < 0 or not 1 <= args.threads <= MAX_THREADS:
-        raise InputError(f"--sizes and --threads take numbers from 1 (--threads to {MAX_THREADS}), --calls from 2")
+    if min(args.chunk, args.pack_size, *args.sizes) < 1 or not 1 <= args.threads <= MAX_THREADS:
+        raise InputError(
+            f"--sizes, --chunk, --pack-size and --threads take numbers from 1 (--threads to {MAX_THREADS})"
+        )
+    if args.calls < 2 or min(args.groups, *args.packs) < 0:
+        raise InputError("--calls takes numbers from 2, --groups and --packs from 0")
     if args.groups and not Path("/proc/self/status").exists():
         raise InputError("--groups: this system does not say how much memory a process has")
     for model in args.models:
@@ -91,8 +107,17 @@ def run(args: argparse.Namespace) -> int:
                 results["models"].append(found)
                 for n in progress.track(sorted(set(args.sizes)), description=escape(label)):
                     _measure(found, path, setting, n, args.calls)
+                if packs := [k for k in sorted(set(args.packs)) if k] if packed_file(path).is_file() else []:
+                    _packs(found, path, setting, packs, args.pack_size, args.calls, progress)
                 if args.groups:
                     found["stream"] = _stream(path, setting, args.groups, progress)
+                large = [n for n in sorted(set(args.sizes)) if n > args.chunk]
+                if large and all(file.is_file() for file in bank_files(path)):
+                    chunked: Results = {"name": f"{label}, chunks of {args.chunk}", "sizes": [], "not_run": {}}
+                    chunked["sha256"] = [digest(file) for file in bank_files(path)]
+                    results["models"].append(chunked)
+                    for n in progress.track(large, description=escape(chunked["name"])):
+                        _measure(chunked, path, replace(setting, chunk=args.chunk), n, args.calls)
         except KeyboardInterrupt:
             results["interrupted"] = True
         if results["interrupted"] and not any(found["sizes"] for found in results["models"]):
@@ -133,6 +158,49 @@ def _fit(found: Results) -> None:
         found["memory_offset_bytes"], found["memory_per_image_bytes"] = offset, slope
 
 
+def packed_file(path: Path) -> Path:
+    """Where the packed export of a model called `path` lies: NAME.packed.onnx."""
+    return path.with_name(f"{path.stem}.packed{path.suffix}")
+
+
+def _packs(
+    found: Results, path: Path, setting: Setting, packs: Sequence[int], size: int, rounds: int, progress: Progress
+) -> None:
+    """Several groups of one size in one call, against the same one by one."""
+    rows: list[Results] = []
+    found["packs"] = rows
+    packed = packed_file(path)
+    with (
+        load(path, setting) as one_by_one,
+        load(packed, setting, max(packs) * size) as at_once,
+    ):
+        for k in progress.track(packs, description=escape(f"{found['name']}, packed")):
+            groups = [inputs(size, seed) for seed in range(k)]
+            calls = {
+                name: partial(_maps, predictor, groups)
+                for name, predictor in (("one_by_one", one_by_one), ("packed", at_once))
+            }
+            for call in calls.values():
+                warm_up(call)
+            times: Times = {}
+            for _ in interleaved(calls, times, rounds):
+                pass
+            row: Results = {"groups": k, "images": k * size}
+            row |= {f"{name}_s": float(np.median(took)) for name, took in times.items()}
+            row |= ratio(times["one_by_one"], times["packed"])
+            row["mean_difference"] = float(np.abs(calls["packed"]() - calls["one_by_one"]()).mean())
+            rows.append(row)
+    for row in rows:  # of one group as large as all of them, which takes the same tensors
+        try:
+            row["peak_memory_bytes"] = alone(str(packed.absolute()), setting, row["images"])["peak_memory_bytes"]
+        except ICNetError as error:
+            found["not_run"][f"{row['images']}, packed"] = str(error)
+
+
+def _maps(predictor: Predictor, groups: Sequence[tuple[Any, Any]]) -> NDArray[np.float32]:
+    return np.concatenate([np.stack(maps) for maps in predictor.predict_groups(groups)])
+
+
 def _stream(path: Path, setting: Setting, groups: int, progress: Progress) -> Results:
     """Resident memory of this process while it runs many groups of mixed sizes."""
     tensors = [inputs(n) for n in STREAM_SIZES]
@@ -166,6 +234,13 @@ def report(results: Results, console: Console) -> bool:
             ms = [found[key] * 1e3 for key in ("time_offset_s", "time_per_image_s")]
             mb = [found[key] / 1e6 for key in ("memory_offset_bytes", "memory_per_image_bytes")]
             plain(f"{name}: {ms[0]:.0f} ms + {ms[1]:.1f} ms per image; {mb[0]:.0f} MB + {mb[1]:.1f} MB per image")
+        for row in found.get("packs", ()):
+            ms = [row[key] * 1e3 for key in ("packed_s", "one_by_one_s")]
+            used = f", {row['peak_memory_bytes'] / 1e6:.0f} MB" if "peak_memory_bytes" in row else ""
+            plain(
+                f"{name}: {row['groups']} groups of {row['images'] // row['groups']} packed: {ms[0]:.0f} ms{used}; one "
+                f"by one: {ms[1]:.0f} ms; packed is {interval(row)} times as fast; |Δ| {row['mean_difference']:.0e}"
+            )
         for n, why in found["not_run"].items():
             plain(f"not run: {name}, group of {n}: {why}")
         if found.get("stream", {}).get("records"):
@@ -194,22 +269,32 @@ def table(results: Results) -> Table:
 
 
 def draw(results: Results, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Time and memory against the group's size, with the fitted lines."""
+    """Time and memory against the group's size, with the fitted lines; time against the number of groups in a call."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    panels = {"median_s": ("time", "s", 1.0), "peak_memory_bytes": ("memory", "GB", 1e-9)}
-    for axes, (key, (name, unit, factor)) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        for i, found in enumerate(results["models"]):
-            n = np.array([row["n"] for row in found["sizes"]])
-            axes.plot(n, [row[key] * factor for row in found["sizes"]], "o", color=f"C{i}", label=found["name"])
-            offset, slope = (found.get(f"{name}_{kind}") for kind in _fitted(name))
-            if slope is not None:
-                axes.plot(n, (offset + slope * n) * factor, "-", color=f"C{i}", linewidth=1)
-        axes.set(xlabel="images in the group", ylabel=f"{name}, {unit}", xlim=(0, None), ylim=(0, None))
-        axes.legend()
+    packs = next((found for found in results["models"] if found.get("packs")), None)
+    figure = Figure(figsize=(13 if packs else 9, 3.6), layout="constrained")
+    time, memory, *rest = figure.subplots(1, 3 if packs else 2)
+
+    def fitted(axes: Any, x: Sequence[float], y: Sequence[float], colour: str, label: str) -> None:
+        axes.plot(x, y, "o", color=colour, label=label)
+        if len(x) >= 2:
+            offset, slope = line(x, y)
+            axes.plot(x, offset + slope * np.asarray(x), "-", color=colour, linewidth=1)
+
+    for i, found in enumerate(results["models"]):
+        n, rows = [row["n"] for row in found["sizes"]], found["sizes"]
+        fitted(time, n, [row["median_s"] for row in rows], f"C{i}", found["name"])
+        fitted(memory, n, [row["peak_memory_bytes"] / 1e9 for row in rows], f"C{i}", found["name"])
+    time.set(xlabel="images in the group", ylabel="time, s")
+    memory.set(xlabel="images in the group", ylabel="memory, GB")
+    if packs:
+        k, rows = [row["groups"] for row in packs["packs"]], packs["packs"]
+        for i, (key, label) in enumerate({"packed_s": "packed", "one_by_one_s": "one by one"}.items()):
+            fitted(rest[0], k, [row[key] for row in rows], f"C{i}", f"{packs['name']}, {label}")
+        size = rows[0]["images"] // rows[0]["groups"]
+        rest[0].set(xlabel=f"groups of {size} in a call", ylabel="time, s")
+    for axes in (time, memory, *rest):
+        axes.set(xlim=(0, None), ylim=(0, None))
+        axes.legend(fontsize="small")
     figure.savefig(path, dpi=120, metadata=metadata)
-
-
-def _fitted(name: str) -> tuple[str, str]:
-    return ("offset_s", "per_image_s") if name == "time" else ("offset_bytes", "per_image_bytes")

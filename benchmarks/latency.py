@@ -4,10 +4,12 @@ Contenders are what is installed here, and the model files that are given. All r
 random order every round, on the same inputs, once they are warm. Absolute times hold for the machine and the moment;
 the ratio is the result, with its 95 % bootstrap interval. Among them runs a large matrix product (FP32 on a CPU, FP16
 on a GPU), for the share of the machine's best rate. Memory is the peak of a process that runs one contender alone, and
-the first map is counted from the start of that process.
+the first map is counted from the start of that process. Who would not fit into the free memory, by these peaks, beside
+those that are loaded is left out of a group.
 
-Nobody wins by being wrong: maps are compared with those of the first contender, by the bound of `export.proof` on the
-mean of |Δ|, pooled over the sizes of the race. Who can't run, or fails on the way, is listed with the reason.
+Nobody wins by being wrong: maps are compared with those of the first contender (on a GPU, with those of ONNX Runtime on
+the CPU), by a bound on the mean of |Δ| that is the precision's own (see `agreement.py`), pooled over groups that all
+compute before the race and those of the race. Who can't run, or fails on the way, is listed with the reason.
 
 Last come whole groups, from JPEG files to PNG maps: see `end_to_end.py`.
 """
@@ -24,7 +26,6 @@ if __name__ == "__main__":  # run as a script: the same as `icnet bench`
 import argparse
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -42,7 +43,7 @@ from rich.table import Table
 
 from benchmarks import end_to_end, gpu
 from benchmarks.accuracy import labels
-from benchmarks.agreement import Agreement, bound, precision_of, prepare
+from benchmarks.agreement import Agreement, bounds, judged, precision_of, prepare
 from benchmarks.contenders import (
     CONTENDERS,
     GPU_CONTENDERS,
@@ -52,15 +53,18 @@ from benchmarks.contenders import (
     Runner,
     Setting,
     alone,
+    engine_of,
     given,
+    given_to_tensorrt,
     inputs,
     load,
     reason,
 )
 from benchmarks.gpu import Gpu
-from benchmarks.machine import machine, matrix_product, name_of, wide_console
+from benchmarks.machine import available_memory, cores, machine, matrix_product, name_of, wide_console
 from benchmarks.operations import total_flop
-from benchmarks.timing import Times, interleaved, percentiles, ratio, warm_up
+from benchmarks.timing import Times, interleaved, interval, line, percentiles, ratio, warm_up
+from export.icnet import ICNet
 from runtime import ICNetError, InputError, ModelError, OutputError, Predictor
 from runtime.files import digest, replacing, same_file
 from runtime.predictor import MAX_THREADS
@@ -84,8 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="*",
         metavar="MODEL",
-        help="model files to race against each other; with --checkpoint also against all that is installed here, "
-        "which is what races if none is given",
+        help="model files to race against each other; with --checkpoint also against all that is installed here "
+        "(which is what races if none is given), and then their maps are judged",
     )
     add("--device", choices=SIZES, default="cpu", help="where to race (default cpu)")
     add("--checkpoint", type=Path, help="default: random weights of width 1 (the time is the same)")
@@ -93,9 +97,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sizes", type=int, nargs="+", help="group sizes (default 1 2 5 10 20; on a GPU 1 5 16 64)")
     add("--rounds", type=int, help="timed calls per contender and size (default 7; on a GPU 30)")
     add("--seconds", type=float, help="per size; once they have passed and there are 3 rounds, no further one begins")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads (default: all)")
-    add("--no-memory", action="store_true", help="leave the memory out, which takes a process per contender and size")
-    add("--no-files", action="store_true", help="leave the way from JPEG files to PNG maps out")
+    add("--threads", type=int, default=cores(), help="CPU threads (default: all)")
+    add(
+        "--memory",
+        type=int,
+        nargs="+",
+        metavar="SIZE",
+        help="sizes whose memory is measured, in a process per contender (default: all; 0: none)",
+    )
+    add(
+        "--files",
+        type=int,
+        nargs="+",
+        metavar="SIZE",
+        help="sizes whose way from JPEG files to PNG maps is measured (default: all; 0: none)",
+    )
     add("--output", type=Path, help="write the results as JSON (default for a GPU: benchmarks/results/gpu_NAME.json)")
 
 
@@ -124,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
         raise OutputError(f"{output}: is one of the models; choose another --output")
     race = Race(args.models, args.checkpoint, sizes, rounds, args.threads, card, args.only, args.seconds)
     with replacing(output) if output else nullcontext() as temporary:
-        results = race.run(memory=not args.no_memory, files=not args.no_files)
+        results = race.run(args.memory, args.files)
         if results["interrupted"] and not results["groups"]:
             raise KeyboardInterrupt  # there is nothing to keep
         if temporary:
@@ -158,15 +174,21 @@ class Race:
     only: Sequence[str] | None = None
     seconds: float | None = None
     results: Results = field(init=False)
+    _peaks: dict[str, dict[int, int]] = field(init=False, default_factory=dict)  # memory by contender and size
 
-    def run(self, memory: bool = True, files: bool = True) -> Results:
+    def run(self, memory: Sequence[int] | None = None, files: Sequence[int] | None = None) -> Results:
         """Race, and print tables. Ctrl-C ends it early: the results then say so.
+
+        Args:
+            memory: the sizes whose memory is measured; None for all.
+            files: likewise, those whose way from files to files is.
 
         Raises:
             what `run` of this module does.
         """
         console = wide_console()
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        memory, files = ([n for n in self.sizes if chosen is None or n in chosen] for chosen in (memory, files))
         contenders = self._contenders()
         self.results = {
             "machine": machine(self.threads) | (gpu.description(self.card) if self.card else {}),
@@ -178,7 +200,7 @@ class Race:
             "groups": [],
             "end_to_end": [],
         }
-        steps = len(contenders) + len(self.sizes) * (self.rounds + memory * len(contenders) + files)
+        steps = len(contenders) * (1 + len(memory)) + len(self.sizes) * self.rounds
         with (
             tempfile.TemporaryDirectory() as name,
             Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
@@ -208,6 +230,8 @@ class Race:
         rows = [item for group in results["groups"] for item in group["contenders"].items()]
         for label in dict.fromkeys(label for label, row in rows if row["agrees"] is False):
             plain(f"disagrees: {label}: its maps differ from the reference by more than rounding explains")
+        if len({label for label, _ in rows}) > 1 and all(row["agrees"] is None for _, row in rows):
+            plain("not judged: whether the maps agree; that takes the --checkpoint they are of")
         if results["interrupted"]:
             plain("interrupted: this is what was measured until then")
 
@@ -216,7 +240,11 @@ class Race:
 
     def _contenders(self) -> dict[str, Contender]:
         found = {} if self.models and not self.checkpoint else dict(GPU_CONTENDERS if self.card else CONTENDERS)
-        found |= {label: given(path, precision_of(path)) for label, path in self._files().items()}
+        for label, path in self._files().items():
+            precision = precision_of(path)
+            found[label] = given(path, precision)
+            if self.card and path.suffix == ".onnx":
+                found[f"{label}, TensorRT"] = given_to_tensorrt(path, precision)
         if self.only:
             found = {k: v for k, v in found.items() if any(text.lower() in k.lower() for text in self.only)}
         if not found:
@@ -224,7 +252,12 @@ class Race:
         return found
 
     def _run(
-        self, folder: Path, contenders: dict[str, Contender], memory: bool, files: bool, step: Callable[..., None]
+        self,
+        folder: Path,
+        contenders: dict[str, Contender],
+        memory: Sequence[int],
+        files: Sequence[int],
+        step: Callable[..., None],
     ) -> None:
         setting = Setting(folder, self.threads, self.sizes, self.card.device if self.card else "cpu")
         paths, results = self._files(), self.results
@@ -242,44 +275,86 @@ class Race:
             if (first := results["first"]) not in runners:
                 why = results["not_run"][first]
                 raise ModelError(f"{first} does not run, and all others are compared with it: {why}")
-            if network and (len(runners) > 1 or self.card):
-                step("measuring the noise floor")
-                # Libraries may compute FP32 as TF32 on a GPU, which keeps as many bits as FP16 does.
-                precisions = {k: c.precision and ("fp16" if self.card else c.precision) for k, c in contenders.items()}
-                results["bounds"] = {p: bound(network, p) for p in filter(None, {*precisions.values()})}
-            else:
-                precisions = dict.fromkeys(contenders)
-            agreements = {k: Agreement(results["bounds"].get(p)) for k, p in precisions.items()}
             reference = None
             if network and self.card:
                 reference = stack.enter_context(Predictor(folder / OURS_ONNX, threads=self.threads)).predict_tensors
+            agreements = {label: Agreement(None) for label in runners}
+            if network and (len(runners) > 1 or self.card):
+                self._judge(network, runners, contenders, agreements, reference, step)
             graph = folder / OURS_ONNX if network else next((p for p in self.models if p.suffix == ".onnx"), None)
             for n in self.sizes:
-                self._race_group(n, runners, agreements, reference, _flop(graph, n), step)
+                found = {k: self._alone(k, setting, n, step) for k in runners} if n in memory else {}
+                self._race_group(n, runners, agreements, reference, _flop(graph, n), found, step)
                 torch.cuda.empty_cache()  # the next size's memory is anybody's
             runners.clear()
         torch.cuda.empty_cache()
-        for group in results["groups"] if memory else ():
-            step(f"memory, group of {group['n']}")
-            for label, row in group["contenders"].items():
-                try:
-                    row |= alone(str(paths[label].absolute()) if label in paths else label, setting, group["n"])
-                except ICNetError as error:
-                    results["not_run"][f"{label}, alone, group of {group['n']}"] = str(error)
-                row.pop("times_s", None)
-                step()
         ways = {k: folder / name for k, name in WAY.items() if (folder / name).exists()} | paths
         ways = {k: path for k, path in ways.items() if k in contenders and k not in results["not_run"]}
         for label, path in ways.items() if files else ():
             try:
                 with load(path, setting) as predictor:
-                    for n in self.sizes:
+                    for n in files:
                         step(f"files, {label}, group of {n}")
                         row = end_to_end.measure(predictor, n, self.rounds, self.seconds)
                         results["end_to_end"].append({"contender": label, **row})
-                        step()
             except ICNetError as error:
                 results["not_run"][f"{label}, files"] = str(error)
+
+    def _judge(
+        self,
+        network: ICNet,
+        runners: dict[str, Runner],
+        contenders: dict[str, Contender],
+        agreements: dict[str, Agreement],
+        reference: Runner | None,
+        step: Callable[..., None],
+    ) -> None:
+        """Give every contender its bound, and compare its maps of the groups that the noise floor is measured on."""
+        step("measuring the noise floor")
+        precisions = {label: contenders[label].precision for label in runners}
+        if self.card:  # libraries may compute FP32 as TF32, which keeps as many bits as FP16 does
+            precisions = {label: "fp16" if p == "fp32" else p for label, p in precisions.items()}
+        groups = judged(max(self.sizes))
+        self.results["bounds"] = bounds(network, sorted({*precisions.values()}), groups)
+        for label in runners:
+            agreements[label].bound = self.results["bounds"][precisions[label]]
+        for group in groups:
+            n = len(group[0])
+            step(f"comparing, group of {n}")
+            maps: dict[str, Maps] = {}
+            for label, runner in runners.items():
+                try:
+                    maps[label] = runner(*group)
+                except Exception as error:  # a file that takes other sizes only: the race's own must do
+                    self.results["not_run"][f"{label}, group of {n}, to compare"] = reason(error)
+            expected = reference(*group) if reference else maps.get(self.results["first"])
+            if expected is not None:
+                for label, found in maps.items():
+                    agreements[label].add(np.abs(found - expected))
+
+    def _alone(self, label: str, setting: Setting, n: int, step: Callable[..., None]) -> Results:
+        """Memory and first map of a process that runs one contender alone."""
+        step(f"memory, group of {n}, {label}")
+        paths = {k: path.absolute() for k, path in self._files().items()}
+        paths |= {f"{k}, TensorRT": engine_of(setting.folder, str(path)) for k, path in paths.items() if self.card}
+        try:
+            found = alone(str(paths.get(label, label)), setting, n)
+        except ICNetError as error:
+            self.results["not_run"][f"{label}, alone, group of {n}"] = str(error)
+            return {}
+        finally:
+            step()
+        del found["times_s"]
+        self._peaks.setdefault(label, {})[n] = found["peak_memory_bytes"]
+        return found
+
+    def _need(self, label: str, n: int) -> float:
+        """Bytes that a contender takes at most for a group of n, as far as other sizes tell; 0 if they don't."""
+        peaks = self._peaks.get(label, {})
+        if n in peaks or len(peaks) < 2:
+            return peaks.get(n, 0)
+        offset, slope = line([*peaks], [*peaks.values()])
+        return offset + slope * n
 
     def _race_group(
         self,
@@ -288,9 +363,10 @@ class Race:
         agreements: dict[str, Agreement],
         reference: Runner | None,
         flop: int | None,
+        found: dict[str, Results],
         step: Callable[..., None],
     ) -> None:
-        """The race for one size."""
+        """The race for one size; what was `found` of it before goes into the rows."""
         kind = "cuda" if self.card else "cpu"
         tensors, first = inputs(n), self.results["first"]
         maps: dict[str, Maps] = {}
@@ -305,7 +381,15 @@ class Race:
                 self.results["not_run"][f"{label}, group of {n}"] = reason(error)
 
         failed: set[str] = set()
+        most = 0.0  # that any of those before takes again in every round
         for label in runners:
+            free, need = available_memory(), self._need(label, n)
+            if free is not None and need + most > free:
+                failed.add(label)
+                why = f"would take {need / 1e9:.1f} GB, and others {most / 1e9:.1f} GB, of the {free / 1e9:.1f} GB free"
+                self.results["not_run"][f"{label}, group of {n}"] = why
+                continue
+            most = max(most, need)
             step(f"group of {n}, warming up {label}")
             warm_up(partial(call, label), FEWEST_WARM_UPS[kind])
             if label not in failed and not np.isfinite(maps[label]).all():
@@ -339,7 +423,7 @@ class Race:
                         other["agrees"] = agreements[label].add(difference)
                         if reference:
                             other["mean_difference_from_cpu"] = float(difference.mean())
-                    self.results["groups"][-1]["contenders"][label] = row | other
+                    self.results["groups"][-1]["contenders"][label] = row | other | found.get(label, {})
 
 
 def _flop(graph: Path | None, n: int) -> int | None:
@@ -376,9 +460,10 @@ def table(results: Results) -> Table:
     grid = Table(
         title=escape(f"{name_of(results['machine'])}; times of a whole group"),
         caption=escape(
-            f"ratio: times as fast as {results['first']}, with its 95 % interval; MB: peak of a process that runs it "
-            "alone; start: from the start of that process to the first map; of peak: convolutions and products per "
-            "second, as a share of a large matrix product's rate; |Δ|: mean difference of the maps; !: disagrees"
+            f"ratio: times as fast as {results['first']}, with its 95 % interval; p99: of few rounds, the slowest; MB: "
+            "peak of a process that runs it alone; start: from the start of that process to the first map; of peak: "
+            "convolutions and products per second, as a share of a large matrix product's rate; |Δ|: mean difference "
+            "of the maps; !: disagrees"
         ),
     )
     grid.add_column("N", justify="right")
@@ -388,7 +473,7 @@ def table(results: Results) -> Table:
         grid.add_column(heading, justify="right", no_wrap=True)
     for group in results["groups"]:
         for label, row in group["contenders"].items():
-            cells = [f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]" if "ratio" in row else "–"]
+            cells = [interval(row) if "ratio" in row else "–"]
             for key, factor, form in columns.values():
                 value = row.get(key)
                 cells.append("–" if value is None else f"{value * factor:{form}}")

@@ -27,6 +27,8 @@ from benchmarks import growth, roofline
 from benchmarks.end_to_end import STAGES
 from benchmarks.growth import grew
 from benchmarks.machine import PACKAGES, name_of
+from benchmarks.throughput import spread, streams
+from benchmarks.timing import interval
 from runtime import InputError
 from runtime.files import digest, replacing
 
@@ -150,7 +152,7 @@ def _latency(results: Results, name: str) -> list[str]:
         if "ratio" not in row:
             return "–"
         mark = " (disagrees)" if row["agrees"] is False else ""
-        return f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]{mark}"
+        return interval(row) + mark
 
     def memory(row: Results) -> str:
         return f"{row[kind] / 1e6:.0f}" if kind in row else "–"
@@ -169,9 +171,10 @@ def _latency(results: Results, name: str) -> list[str]:
     lines += ["Median and 90th percentile of a group, ms:", *_table(["contender", *sizes], cells(milliseconds))]
     lines += ["Products and convolutions, as a share of the rate of a large matrix product:"]
     lines += _table(["contender", *sizes], cells(share))
-    where = "GPU memory" if on_gpu else "memory"
-    lines += [f"Peak {where} of a process that runs one contender alone, MB:"]
-    lines += _table(["contender", *sizes], cells(memory))
+    if any(kind in row for group in groups for row in group["contenders"].values()):
+        where = "GPU memory" if on_gpu else "memory"
+        lines += [f"Peak {where} of a process that runs one contender alone, MB:"]
+        lines += _table(["contender", *sizes], cells(memory))
     if results["end_to_end"]:
         width, height = results["end_to_end"][0]["image"]
         heading = ["contender", "N", "whole", *STAGES, "not the network"]
@@ -181,7 +184,7 @@ def _latency(results: Results, name: str) -> list[str]:
             rest = f"{max(0.0, 1 - row['network_share']):.1%}"
             rows.append([row["contender"], row["n"], f"{row['median_s'] * 1e3:.0f}", *stages, rest])
         lines += [f"From JPEG files of {width}×{height} to PNG maps, ms:", *_table(heading, rows)]
-    lines += [f"Not run: {label}: {why}" for label, why in results["not_run"].items()]
+    lines += [f"- Not run: {label}: {why}" for label, why in results["not_run"].items()]
     return lines
 
 
@@ -197,26 +200,35 @@ def _growth(results: Results, name: str) -> list[str]:
         if "time_per_image_s" in found:
             time = f"{found['time_offset_s'] * 1e3:.0f} ms + {found['time_per_image_s'] * 1e3:.0f} ms per image"
             offset, slope = found["memory_offset_bytes"] / 1e6, found["memory_per_image_bytes"] / 1e6
-            lines.append(f"- {found['name']}: {time}; {offset:.0f} MB + {slope:.0f} MB per image.")
+            lines.append(f"- {found['name']}: {time}; {offset:.0f} MB + {slope:.1f} MB per image.")
         lines += [f"- {found['name']}, N = {n}: not run: {why}." for n, why in found["not_run"].items()]
         if records := found.get("stream", {}).get("records"):
             text = f"{records[-1]['memory_bytes'] / 1e6:.0f} MB resident after {records[-1]['groups']} groups"
             lines.append(f"- {found['name']}: {text}, {grew(found['stream']):.3f} times as much as half way.")
+    for found in results["models"]:
+        if rows := found.get("packs"):
+            size = rows[0]["images"] // rows[0]["groups"]
+            lines += ["", f"{found['name']}, groups of {size} in one call of its packed export, and one by one:"]
+            heading = ["groups", "packed", "one by one", "times as fast", "peak memory, packed", "mean difference"]
+            table = []
+            for row in rows:
+                cells = [f"{row['packed_s']:.2f} s", f"{row['one_by_one_s']:.2f} s", interval(row)]
+                cells.append(f"{row['peak_memory_bytes'] / 1e6:.0f} MB" if "peak_memory_bytes" in row else "–")
+                table.append([row["groups"], *cells, f"{row['mean_difference']:.0e}"])
+            lines += _table(heading, table)
     return lines
 
 
 def _throughput(results: Results, name: str) -> list[str]:
-    sizes = [int(n) for n in results["histogram"]]
-    callers = f"{results['callers']} callers, groups of {min(sizes)} to {max(sizes)}, {results['model']['name']}"
-    names = {"capacity": "all at once", "arriving": f"{results['load']:.0%} of that, at random times"}
-    heading = ["stream", "groups/s", "images/s", "latency p50", "p99", "queue p50", "p99", "idle"]
+    callers = f"{results['callers']} callers, {results['groups']} groups of {spread(results)}"
+    heading = ["model", "stream", "groups/s", "images/s", "latency p50", "p99", "queue p50", "p99", "idle"]
     rows = []
-    for key, row in results["streams"].items():
+    for found, key, row in streams(results):
         latency, queue = row["latency_s"], row["queue_s"]
         times = (latency["median"], latency["p99"], queue["median"], queue["p99"])
         idle = "–" if row["idle_share"] is None else f"{row['idle_share']:.0%}"
         rates = f"{row['groups_per_s']:.2f}", f"{row['images_per_s']:.1f}"
-        rows.append([names[key], *rates, *(f"{took:.2f} s" for took in times), idle])
+        rows.append([found["name"], key, *rates, *(f"{took:.2f} s" for took in times), idle])
     return [f"{_about(results)} {callers}.", *_table(heading, rows)]
 
 

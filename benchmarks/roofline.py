@@ -22,7 +22,6 @@ if __name__ == "__main__":  # run as a script: the same as `icnet roofline`
 import argparse
 import json
 import logging
-import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -40,7 +39,7 @@ from rich.table import Table
 
 from benchmarks.agreement import prepare
 from benchmarks.contenders import ORACLE_ONNX, OURS_ONNX, inputs
-from benchmarks.machine import copy, machine, matrix_product, name_of, wide_console
+from benchmarks.machine import copy, cores, machine, matrix_product, name_of, wide_console
 from benchmarks.operations import Node, count
 from benchmarks.timing import Times, interleaved, warm_up
 from runtime import InputError, ModelError, OutputError, Predictor
@@ -70,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", type=Path, help="without MODEL: what to export (default: random weights of width 1)")
     add("--size", type=int, default=5, metavar="N", help="images in the group (default 5)")
     add("--rounds", type=int, default=7, help="timed calls (default 7)")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads (default: all)")
+    add("--threads", type=int, default=cores(), help="CPU threads (default: all)")
     add("--card", choices=CARDS, help="only the bound, for this card")
     add("--precision", choices=["fp32", "fp16"], help="with --card: of its products (default: as the file says)")
     add("--output", type=Path, help="write the results as JSON")

@@ -5,10 +5,11 @@ random (a Poisson process) at a share of that capacity, as requests do, and wait
 time is from arrival to a thread, latency from arrival to maps.
 
 Group sizes follow a histogram: JSON {"3": 10, "4": 7}, or a data set's folders img/GROUP/, or "service": 3 to 8 images,
-all alike.
+all alike. Several models get the same groups at the same times, at a share of the first one's capacity; of a packed
+model, groups that wait for each other share calls.
 
-Idle is, on the CPU, the share of the threads' time in which the process did not compute (CPU time against wall time);
-on a GPU, the share of the time in which no kernel ran, as nvidia-smi samples it.
+Idle is, on the CPU, the share of its cores' time in which this process did not compute (CPU time against wall time); on
+a GPU, the share of the time in which no kernel ran, as nvidia-smi samples it.
 """
 
 import sys
@@ -22,13 +23,12 @@ if __name__ == "__main__":  # run as a script: the same as `icnet throughput`
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,8 +39,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import gpu
+from benchmarks.accuracy import labels
 from benchmarks.contenders import Setting, inputs, load
-from benchmarks.machine import machine, name_of, peak_memory, wide_console
+from benchmarks.machine import cores, machine, name_of, wide_console
 from runtime import ICNetError, InputError, OutputError, Predictor
 from runtime.files import digest, replacing, same_file
 from runtime.groups import find_groups
@@ -58,12 +59,13 @@ Histogram = dict[int, int]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `icnet throughput`."""
     add = parser.add_argument
-    add("model", type=Path, help="an export, an engine, or whatever else a Predictor runs")
+    add("models", type=Path, nargs="+", metavar="MODEL", help="exports, engines, or whatever else a Predictor runs")
     add("--sizes", default=SERVICE, metavar="HISTOGRAM", help="JSON file, data set, or 'service' (default)")
+    add("--save-sizes", type=Path, metavar="JSON", help="write that histogram to a file, e.g. a data set's")
     add("--groups", type=int, default=60, help="in each of the two streams (default 60)")
     add("--callers", type=int, default=4, help="threads that call the Predictor (default 4)")
     add("--load", type=float, default=0.7, help="arrivals as a share of the capacity (default 0.7)")
-    add("--threads", type=int, help="CPU threads of one call (default: one per core)")
+    add("--threads", type=int, default=cores(), help="CPU threads of one call (default: all)")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where an ONNX file runs, and what is idle or not")
     add("--seed", type=int, default=0)
     add("--output", type=Path, help="write the results as JSON")
@@ -81,47 +83,53 @@ def run(args: argparse.Namespace) -> int:
         ModelError: the model can't be loaded, or fails.
         OutputError: the results can't be written.
     """
-    threads = os.cpu_count() or 1 if args.threads is None else args.threads
-    if min(args.groups, args.callers, threads) < 1 or max(args.callers, threads) > MAX_THREADS or args.seed < 0:
+    if min(args.groups, args.callers, args.threads) < 1 or max(args.callers, args.threads) > MAX_THREADS:
         raise InputError(f"--groups, --callers and --threads take numbers from 1 (threads to {MAX_THREADS})")
+    if args.seed < 0:
+        raise InputError(f"--seed {args.seed}: expected a number from 0")
     if not 0 < args.load <= 2:
         raise InputError(f"--load {args.load:g}: expected a share of the capacity, e.g. 0.7")
     histogram = read_histogram(args.sizes)
-    if args.output and any(same_file(args.output, path) for path in (args.model, args.sizes)):
-        raise OutputError(f"{args.output}: is an input of this run; choose another --output")
+    for path in filter(None, (args.output, args.save_sizes)):
+        if any(same_file(path, other) for other in (*args.models, args.sizes)):
+            raise OutputError(f"{path}: is an input of this run; choose another name")
+    if args.save_sizes:
+        with replacing(args.save_sizes) as temporary:
+            temporary.write_text(json.dumps(histogram) + "\n", encoding="utf-8")
     card = gpu.find() if args.device == "cuda" else None
     rng = np.random.default_rng(args.seed)
     shares = np.array([*histogram.values()]) / sum(histogram.values())
     sizes = [int(n) for n in rng.choice([*histogram], args.groups, p=shares)]
     results: Results = {
-        "machine": machine(threads) | (gpu.description(card) if card else {}),
-        "model": {"name": args.model.name, "sha256": digest(args.model)},
+        "machine": machine(args.threads) | (gpu.description(card) if card else {}),
         "histogram": histogram,
+        "groups": args.groups,
         "callers": args.callers,
         "load": args.load,
         "interrupted": False,
-        "streams": {},
+        "models": [],
     }
+    gaps = rng.exponential(1, len(sizes))
     console = wide_console()
-    setting = Setting(Path(), threads, [*histogram], args.device)
+    setting = Setting(Path(), args.threads, [*histogram], args.device)
     with replacing(args.output) if args.output else nullcontext() as temporary:
-        with (
-            load(args.model, setting) as predictor,
-            Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
-        ):
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             try:
-                for n in progress.track(sorted(set(sizes)), description="warming up"):
-                    predictor.predict_tensors(*inputs(n))
-                capacity = Stream(predictor, sizes, np.zeros(len(sizes)), args.callers)
-                results["streams"]["capacity"] = capacity.run(progress, threads, card is not None)
-                gaps = rng.exponential(1 / (args.load * results["streams"]["capacity"]["groups_per_s"]), len(sizes))
-                arriving = Stream(predictor, sizes, np.cumsum(gaps), args.callers)
-                results["streams"]["arriving"] = arriving.run(progress, threads, card is not None)
+                for label, path in zip(labels(args.models), args.models, strict=True):
+                    with load(path, setting) as predictor:
+                        for n in progress.track(sorted(set(sizes)), description=escape(f"{label}, warming up")):
+                            predictor.predict_tensors(*inputs(n))
+                        found: Results = {"name": label, "sha256": digest(path), "streams": {}}
+                        results["models"].append(found)
+                        capacity = Stream(predictor, sizes, np.zeros(len(sizes)), args.callers)
+                        found["streams"]["capacity"] = capacity.run(progress, card is not None)
+                        rate = args.load * results["models"][0]["streams"]["capacity"]["groups_per_s"]
+                        arriving = Stream(predictor, sizes, np.cumsum(gaps / rate), args.callers)
+                        found["streams"]["arriving"] = arriving.run(progress, card is not None)
             except KeyboardInterrupt:
-                if not results["streams"]:
+                if not any(found["streams"] for found in results["models"]):
                     raise
                 results["interrupted"] = True
-        results["peak_memory_bytes"] = peak_memory()
         console.print(table(results))
         if results["interrupted"]:
             console.print("interrupted: this is what was measured until then")
@@ -180,7 +188,7 @@ class Stream:
     _error: ICNetError | None = None
     _stopped: threading.Event = field(default_factory=threading.Event)
 
-    def run(self, progress: Progress, threads: int, on_gpu: bool) -> Results:
+    def run(self, progress: Progress, on_gpu: bool) -> Results:
         """Run to the end.
 
         Raises:
@@ -207,7 +215,7 @@ class Stream:
             raise self._error
         wall = time.perf_counter() - start
         if not on_gpu:
-            idle = max(0.0, 1 - (time.process_time() - cpu) / (wall * threads))
+            idle = max(0.0, 1 - (time.process_time() - cpu) / (wall * cores()))
         arrival, taken, done = np.array(self._rows).T
         p50, p90, p99 = np.percentile(done - arrival, [50, 90, 99])
         return {
@@ -260,27 +268,34 @@ class _Sampler:
         return 1 - float(np.mean(samples)) / 100 if samples else None
 
 
+def streams(results: Results) -> Iterator[tuple[Results, str, Results]]:
+    """Every stream that was measured: the model's entry, what the stream is, and what was found."""
+    names = {
+        "capacity": "all at once",
+        "arriving": f"{results['load']:.0%} of the first one's capacity, at random times",
+    }
+    for found in results["models"]:
+        for key, row in found["streams"].items():
+            yield found, names[key], row
+
+
+def spread(results: Results) -> str:
+    """The group sizes, in words."""
+    sizes = sorted(int(n) for n in results["histogram"])
+    return f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else str(sizes[0])
+
+
 def table(results: Results) -> Table:
-    """Both streams, for a terminal."""
-    sizes = [*results["histogram"]]
-    grid = Table(
-        title=escape(
-            f"{name_of(results['machine'])}; {results['model']['name']}; groups of {min(sizes)} to {max(sizes)}, "
-            f"{results['callers']} callers"
-        )
-    )
+    """All streams, for a terminal."""
+    title = f"{name_of(results['machine'])}; {results['callers']} callers, groups of {spread(results)}"
+    grid = Table(title=escape(title))
+    grid.add_column("model")
     grid.add_column("stream")
     for heading in ("groups/s", "images/s", "latency p50", "p90", "p99", "queue p50", "p99", "idle"):
         grid.add_column(heading, justify="right", no_wrap=True)
-    names = {"capacity": "all at once", "arriving": f"{results['load']:.0%} of that, at random"}
-    for key, row in results["streams"].items():
+    for found, name, row in streams(results):
         times = (*row["latency_s"].values(), *row["queue_s"].values())
-        idle = "–" if row["idle_share"] is None else f"{row['idle_share']:.0%}"
-        cells = (
-            f"{row['groups_per_s']:.2f}",
-            f"{row['images_per_s']:.1f}",
-            *(f"{t * 1e3:.0f} ms" for t in times),
-            idle,
-        )
-        grid.add_row(names[key], *cells)
+        cells = [f"{row['groups_per_s']:.2f}", f"{row['images_per_s']:.1f}", *(f"{t * 1e3:.0f} ms" for t in times)]
+        cells.append("–" if row["idle_share"] is None else f"{row['idle_share']:.0%}")
+        grid.add_row(escape(found["name"]), name, *cells)
     return grid

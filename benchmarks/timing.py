@@ -8,7 +8,7 @@ import numpy as np
 
 STEADY = 0.05  # a call that beats the best so far by less than this share has nothing left to warm up
 MOST_WARM_UPS = 12
-WARM_UP_SECONDS = 60.0
+WARM_UP_SECONDS = 10.0
 RESAMPLES = 2000
 FEWEST_ROUNDS = 3
 
@@ -23,7 +23,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def warm_up(call: Callable[[], object], fewest: int = 2) -> float:
-    """Call until the times have settled, or twelve times or a minute have passed.
+    """Call until the times have settled, or twelve times or ten seconds have passed.
 
     Returns:
         The best time, in seconds.
@@ -88,6 +88,11 @@ def ratio(base: Sequence[float], times: Sequence[float]) -> dict[str, float]:
         "ratio_low": float(low),
         "ratio_high": float(high),
     }
+
+
+def interval(row: Mapping[str, float]) -> str:
+    """What `ratio` found, for a table."""
+    return f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
 
 
 def line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:

@@ -243,7 +243,7 @@ def test_memory_does_not_grow_with_the_group(tmp_path):
     code = """
 import sys
 import numpy as np
-from benchmarks.contenders import peak_memory
+from benchmarks.machine import peak_memory
 from runtime import Predictor
 from runtime.files import bank_files
 from pathlib import Path

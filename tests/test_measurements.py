@@ -9,10 +9,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import growth, roofline, throughput, timing
 from benchmarks.operations import Node, count, total_flop
+from benchmarks.report import RENDER
 from benchmarks.throughput import Stream, read_histogram
 from export.icnet import Uint8Interface
 from export.reference import ReferenceICNet
@@ -63,14 +65,14 @@ def test_warm_up_goes_on_until_calls_are_no_faster(monkeypatch):
     def call():
         clock[0] += took.pop(0)
 
-    took[:] = [8.0, 4.0, 2.0, 1.96875, 1.0]
-    assert timing.warm_up(call) == 1.96875
-    assert took == [1.0]
-    took[:] = [8.0, 8.0, 8.0, 8.0]
-    assert timing.warm_up(call, fewest=3) == 8.0
-    assert took == [8.0]
-    took[:] = [70.0, 35.0]
-    assert timing.warm_up(call) == 70.0  # a minute has passed
+    took[:] = [4.0, 2.0, 1.0, 0.984375, 0.5]
+    assert timing.warm_up(call) == 0.984375
+    assert took == [0.5]
+    took[:] = [2.0, 2.0, 2.0, 2.0]
+    assert timing.warm_up(call, fewest=3) == 2.0
+    assert took == [2.0]
+    took[:] = [11.0, 5.0]
+    assert timing.warm_up(call) == 11.0  # ten seconds have passed
     took[:] = [0.5**i for i in range(20)]
     timing.warm_up(call)
     assert len(took) == 8
@@ -211,8 +213,31 @@ def test_icnet_growth(icnet, model_file, tmp_path, monkeypatch):
     assert all(row["first_map_s"] > row["median_s"] > 0 for row in found["sizes"])
     assert found["memory_per_image_bytes"] > 224 * 224 * 4
     assert "per image" in out
-    growth.draw(json.loads(output.read_text()), tmp_path / "x.png")
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_growth_in_chunks_and_by_packed_groups(icnet, exports, tmp_path):
+    """The exports lie beside the model: what is larger than a chunk runs both ways, and groups share calls."""
+    output = tmp_path / "growth_x.json"
+    options = ("--sizes", 2, 12, "--calls", 2, "--chunk", 2, "--packs", 1, 3, "--pack-size", 2, "--threads", 1)
+    code, out, _ = icnet("growth", exports, *options, "--output", output)
+    assert code == 0
+    results = json.loads(output.read_text())
+    plain, chunked = results["models"]
+    assert [row["n"] for row in plain["sizes"]] == [2, 12]
+    assert chunked["name"] == "icnet.onnx, chunks of 2"
+    assert [row["n"] for row in chunked["sizes"]] == [12]
+    assert chunked["sizes"][0]["peak_memory_bytes"] < plain["sizes"][1]["peak_memory_bytes"]
+    assert [(row["groups"], row["images"]) for row in plain["packs"]] == [(1, 2), (3, 6)]
+    for row in plain["packs"]:
+        assert row["mean_difference"] < 1e-3
+        assert row["ratio"] == pytest.approx(row["one_by_one_s"] / row["packed_s"])
+        assert row["peak_memory_bytes"] > 30e6  # of a whole process
+    assert "3 groups of 2 packed: " in out
+    growth.draw(results, tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as plot:
+        assert plot.width > 3 * plot.height  # three panels
+    text = "\n".join(RENDER["growth"](results, "growth_x"))
+    assert "icnet.onnx, groups of 2 in one call of its packed export" in text
 
 
 def test_a_size_that_would_not_fit_is_not_tried(icnet, model_file, tmp_path, monkeypatch):
@@ -288,7 +313,7 @@ class Bar:
 
 def test_groups_wait_in_the_order_of_their_arrival():
     slow = Slow()
-    found = Stream(slow, [3, 1, 2, 4], [0.001, 0.002, 0.003, 0.3], callers=1).run(Bar(), threads=1, on_gpu=False)
+    found = Stream(slow, [3, 1, 2, 4], [0.001, 0.002, 0.003, 0.3], callers=1).run(Bar(), on_gpu=False)
     assert slow.order == [3, 1, 2, 4]
     assert found["groups"] == 4
     assert found["images"] == 10
@@ -300,7 +325,7 @@ def test_groups_wait_in_the_order_of_their_arrival():
 
 def test_all_at_once_keeps_every_caller_busy_and_nothing_waits():
     slow = Slow()
-    found = Stream(slow, [1] * 12, [0.0] * 12, callers=3).run(Bar(), threads=1, on_gpu=False)
+    found = Stream(slow, [1] * 12, [0.0] * 12, callers=3).run(Bar(), on_gpu=False)
     assert slow.most == 3
     assert found["queue_s"]["p99"] == 0
     assert found["groups_per_s"] > 60  # three at once, 20 ms each: 150; one at once: 50
@@ -308,22 +333,29 @@ def test_all_at_once_keeps_every_caller_busy_and_nothing_waits():
 
 def test_a_group_that_fails_ends_the_stream():
     with pytest.raises(ModelError, match="broken"):
-        Stream(Slow(ModelError("broken")), [1] * 50, [0.0] * 50, callers=2).run(Bar(), threads=1, on_gpu=False)
+        Stream(Slow(ModelError("broken")), [1] * 50, [0.0] * 50, callers=2).run(Bar(), on_gpu=False)
 
 
-def test_icnet_throughput(icnet, model_file, tmp_path):
-    histogram = tmp_path / "sizes.json"
+def test_icnet_throughput(icnet, exports, tmp_path):
+    """Both models get the same groups, and what is written of a histogram can be read again."""
+    histogram, saved = tmp_path / "sizes.json", tmp_path / "saved.json"
     histogram.write_text('{"2": 3, "1": 1, "7": 0}')
     options = ("--sizes", histogram, "--groups", 6, "--callers", 2, "--threads", 1, "--output", tmp_path / "x.json")
-    code, out, _ = icnet("throughput", model_file, *options)
+    packed = exports.with_name("icnet.packed.onnx")
+    code, out, _ = icnet("throughput", exports, packed, *options, "--save-sizes", saved)
     assert code == 0
-    assert "groups of 1 to 2, 2 callers" in " ".join(out.split())
+    assert "2 callers, groups of 1 to 2" in " ".join(out.split())
     results = json.loads((tmp_path / "x.json").read_text())
     assert results["histogram"] == {"1": 1, "2": 3}
-    for stream in results["streams"].values():
-        assert stream["groups"] == 6
-        assert 6 <= stream["images"] <= 12
-        assert 0 <= stream["idle_share"] < 1
+    assert read_histogram(str(saved)) == {1: 1, 2: 3}
+    assert [found["name"] for found in results["models"]] == ["icnet.onnx", "icnet.packed.onnx"]
+    for found in results["models"]:
+        for stream in found["streams"].values():
+            assert stream["groups"] == 6
+            assert stream["images"] == results["models"][0]["streams"]["capacity"]["images"]
+            assert 0 <= stream["idle_share"] < 1
+    text = "\n".join(RENDER["throughput"](results, "throughput_x"))
+    assert "| icnet.packed.onnx | all at once |" in text
 
 
 def test_the_sizes_of_a_data_set(image_folder, tmp_path):
