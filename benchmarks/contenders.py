@@ -93,8 +93,10 @@ def picture(rng: np.random.Generator, width: int, height: int, steepness: float 
 def inputs(n: int, seed: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """A group of n made-up images and SISMs: uint8 [n, 224, 224, 3] and [n, 224, 224]."""
     rng = np.random.default_rng((n, seed))
-    images = np.stack([picture(rng, 224, 224) for _ in range(n)])
-    return images, np.stack([picture(rng, 224, 224, 2)[..., 0] for _ in range(n)])
+    images, sisms = np.empty((n, 224, 224, 3), np.uint8), np.empty((n, 224, 224), np.uint8)
+    for i in range(n):
+        images[i], sisms[i] = picture(rng, 224, 224), picture(rng, 224, 224, 2)[..., 0]
+    return images, sisms
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from benchmarks.contenders import picture
 from benchmarks.machine import name_of
 from benchmarks.timing import Times, interleaved, percentiles, warm_up
 from runtime import Predictor
-from runtime.preprocess import BILINEAR, read_image, restore_map, sism_tensor
+from runtime.preprocess import BILINEAR, in_threads, read_image, restore_map, save_map, sism_tensor
 
 SIZE = (640, 480)  # of the photographs, pixels: the usual in COCO
 STAGES = ("decode", "resize", "SISMs", "network", "resize back", "write")
@@ -38,8 +38,15 @@ def write_group(folder: Path, n: int) -> tuple[list[Path], list[Path]]:
     return images, sisms
 
 
-def measure(predictor: Predictor, n: int, rounds: int, limit: float | None = None) -> dict[str, Any]:
+def measure(predictor: Predictor, n: int, rounds: int, threads: int, limit: float | None = None) -> dict[str, Any]:
     """Time a group of n from files to files, through the Predictor and stage by stage, interleaved.
+
+    Args:
+        predictor: runs the network.
+        n: images in the group.
+        rounds: how often.
+        threads: that read, resize and write images.
+        limit: as for `timing.interleaved`.
 
     Returns:
         Percentiles of the whole way; the median of each stage when one is done after the other, in seconds; and
@@ -52,8 +59,7 @@ def measure(predictor: Predictor, n: int, rounds: int, limit: float | None = Non
         stages: dict[str, list[float]] = {stage: [] for stage in STAGES}
 
         def write(maps: list[NDArray[np.float32]]) -> None:
-            for map_, output in zip(maps, outputs, strict=True):
-                Image.fromarray(np.rint(map_ * 255).astype(np.uint8)).save(output)
+            in_threads([partial(save_map, *pair) for pair in zip(maps, outputs, strict=True)], threads)
 
         def stage(name: str, work: Callable[[], Any]) -> Any:
             start = time.perf_counter()
@@ -62,11 +68,14 @@ def measure(predictor: Predictor, n: int, rounds: int, limit: float | None = Non
             return result
 
         def by_stages() -> None:
-            read = stage("decode", lambda: [read_image(p, "", "RGB", (255, 255, 255, 255)) for p in images])
-            x = stage("resize", lambda: np.stack([np.asarray(i.resize((224, 224), BILINEAR)) for i in read]))
-            s = stage("SISMs", lambda: np.stack([sism_tensor(p) for p in sisms]))
+            decoding = [partial(read_image, path, "", "RGB", (255, 255, 255, 255)) for path in images]
+            read = stage("decode", lambda: in_threads(decoding, threads))
+            resizing = [partial(image.resize, (224, 224), BILINEAR) for image in read]
+            x = stage("resize", lambda: np.stack([np.asarray(image) for image in in_threads(resizing, threads)]))
+            s = stage("SISMs", lambda: np.stack(in_threads([partial(sism_tensor, path) for path in sisms], threads)))
             maps = stage("network", lambda: predictor.predict_tensors(x, s))
-            large = stage("resize back", lambda: [restore_map(m, i.size) for m, i in zip(maps, read, strict=True)])
+            restoring = [partial(restore_map, m, image.size) for m, image in zip(maps, read, strict=True)]
+            large = stage("resize back", lambda: in_threads(restoring, threads))
             stage("write", lambda: write(large))
 
         def whole() -> None:

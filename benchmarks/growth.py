@@ -238,7 +238,7 @@ def report(results: Results, console: Console) -> bool:
             ms = [row[key] * 1e3 for key in ("packed_s", "one_by_one_s")]
             used = f", {row['peak_memory_bytes'] / 1e6:.0f} MB" if "peak_memory_bytes" in row else ""
             plain(
-                f"{name}: {row['groups']} groups of {row['images'] // row['groups']} packed: {ms[0]:.0f} ms{used}; one "
+                f"{name}: {row['groups']} × {row['images'] // row['groups']} images packed: {ms[0]:.0f} ms{used}; one "
                 f"by one: {ms[1]:.0f} ms; packed is {interval(row)} times as fast; |Δ| {row['mean_difference']:.0e}"
             )
         for n, why in found["not_run"].items():

@@ -295,7 +295,7 @@ class Race:
                 with load(path, setting) as predictor:
                     for n in files:
                         step(f"files, {label}, group of {n}")
-                        row = end_to_end.measure(predictor, n, self.rounds, self.seconds)
+                        row = end_to_end.measure(predictor, n, self.rounds, self.threads, self.seconds)
                         results["end_to_end"].append({"contender": label, **row})
             except ICNetError as error:
                 results["not_run"][f"{label}, files"] = str(error)

@@ -133,7 +133,8 @@ def _about(results: Results) -> str:
     """Machine, versions and date, in a line."""
     machine = results["machine"]
     versions = [f"{package} {machine[package.lower()]}" for package in PACKAGES if package.lower() in machine]
-    return f"{name_of(machine)}; {machine['date']}; Python {machine['python']}, {', '.join(versions)}."
+    early = " Interrupted before its end." if results.get("interrupted") else ""
+    return f"{name_of(machine)}; {machine['date']}; Python {machine['python']}, {', '.join(versions)}.{early}"
 
 
 def _latency(results: Results, name: str) -> list[str]:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import growth, roofline, throughput, timing
 from benchmarks.operations import Node, count, total_flop
-from benchmarks.report import RENDER
+from benchmarks.report import BLOCK, RENDER, RESULTS
 from benchmarks.throughput import Stream, read_histogram
 from export.icnet import Uint8Interface
 from export.reference import ReferenceICNet
@@ -232,7 +232,7 @@ def test_growth_in_chunks_and_by_packed_groups(icnet, exports, tmp_path):
         assert row["mean_difference"] < 1e-3
         assert row["ratio"] == pytest.approx(row["one_by_one_s"] / row["packed_s"])
         assert row["peak_memory_bytes"] > 30e6  # of a whole process
-    assert "3 groups of 2 packed: " in out
+    assert "3 × 2 images packed: " in out
     growth.draw(results, tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as plot:
         assert plot.width > 3 * plot.height  # three panels
@@ -401,9 +401,13 @@ def test_a_gpus_idle_share_is_what_nvidia_smi_samples(tmp_path, monkeypatch):
 
 
 def test_readmes_tables_and_plots_are_those_of_the_results(icnet, monkeypatch):
+    """And no results on a CPU lie there that README does not show."""
     monkeypatch.chdir(ROOT)
     code, out, _ = icnet("report", "--check")
     assert (code, out) == (0, "")
+    shown = {match[2] for match in BLOCK.finditer((ROOT / "README.md").read_text(encoding="utf-8"))}
+    found = {path.stem for kind in RENDER for path in (ROOT / RESULTS).glob(f"{kind}_*cpu.json")}
+    assert found <= shown
 
 
 def test_a_readme_that_differs_is_found_and_mended(icnet, tmp_path):
@@ -432,7 +436,8 @@ def test_a_readme_that_differs_is_found_and_mended(icnet, tmp_path):
     assert text.endswith("<!-- end of results -->\nafter\n")
     assert "| ours | 2.25 [2.00, 2.50] (disagrees) |" in text
     assert "| paper | 500 |" in text
-    assert "Not run: x: no x" in text
+    assert "- Not run: x: no x" in text
+    assert "Interrupted" not in text
     assert "old" not in text
     assert icnet("report", "--check", "--readme", readme)[0] == 0
 
