@@ -1,14 +1,18 @@
 """Operations and bytes of every node of an exported model, counted from the file and its shapes, for any group size."""
 
 import ast
-import operator
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto
+from numpy.typing import NDArray
+from onnx import NodeProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from runtime import ModelError
 
@@ -18,9 +22,13 @@ MOVERS = {
     "Transpose", "QuantizeLinear", "DequantizeLinear",
 }  # fmt: skip
 PICKERS = {"Gather", "GatherElements"}  # they read of their first input as much as they write
-OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
+# What shapes are computed with; of integers only.
+SHAPE_OPERATORS = {
+    "Add", "Cast", "Concat", "Constant", "Div", "Gather", "Max", "Min", "Mul", "Reshape", "Slice", "Squeeze", "Sub",
+    "Unsqueeze",
 }  # fmt: skip
+MODULE, WEIGHT = re.compile(r"(?:^|\.)network\.(.+)"), re.compile(r"(?:^|\.)network\.(.+)\.weight")
+SMALL = 1024  # elements; what is larger is no shape
 Shape = tuple[int, ...]
 
 
@@ -94,7 +102,7 @@ def _bytes(node: NodeProto, shapes: Mapping[str, Shape], types: Mapping[str, int
         return 0
 
     def size(name: str) -> int:
-        return prod(shapes[name]) * onnx.helper.tensor_dtype_to_np_dtype(types[name]).itemsize
+        return prod(shapes[name]) * helper.tensor_dtype_to_np_dtype(types[name]).itemsize
 
     outputs = sum(size(name) for name in node.output if name)
     inputs = [size(name) for name in node.input if name]
@@ -104,75 +112,81 @@ def _bytes(node: NodeProto, shapes: Mapping[str, Shape], types: Mapping[str, int
 
 
 def _module(node: NodeProto) -> str:
-    """The innermost module that torch's exporter notes, without the name of the network itself."""
+    """The innermost module that torch's exporter notes, or whose weights it reads, without the network's own name."""
     scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
     try:
-        modules = [scope for scope in ast.literal_eval(scopes)[:-1] if scope.startswith("network.")]
+        found = [MODULE.search(scope) for scope in reversed(ast.literal_eval(scopes)[:-1])]
     except (ValueError, SyntaxError):
-        return ""
-    return modules[-1].removeprefix("network.") if modules else ""
+        found = []
+    found += [WEIGHT.search(name) for name in node.input]
+    return next((match[1] for match in found if match), "")
 
 
 def _shapes(path: Path, n: int) -> tuple[onnx.GraphProto, dict[str, int], dict[str, Shape]]:
-    """The graph, and the type and shape of every tensor that has one."""
+    """The graph, and the type and shape of every tensor that has one when all dynamic axes of the inputs are n.
+
+    Shapes that a graph computes (Shape, Gather, Concat, … into Reshape) are computed here, and inferred from again.
+    """
     try:
         model = onnx.load(path)
     except Exception as error:  # protobuf's errors have no common base
         raise ModelError(f"{path}: not an ONNX file") from error
+    original = onnx.GraphProto()
+    original.CopyFrom(model.graph)
     graph = model.graph
-    axes = {i.type.tensor_type.shape.dim[0].dim_param for i in graph.input} - {""}
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        for dimension in value.type.tensor_type.shape.dim:
-            if dimension.dim_param:
-                found = _evaluate(dimension.dim_param, dict.fromkeys(axes, n))
-                if found is None:
-                    dimension.Clear()
-                else:
-                    dimension.dim_value = found
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    graph = onnx.shape_inference.infer_shapes(_without_data(model), data_prop=True).graph
-    types: dict[str, int] = {name: tensor.data_type for name, tensor in constants.items()}
-    shapes: dict[str, Shape] = {name: tuple(tensor.dims) for name, tensor in constants.items()}
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        tensor = value.type.tensor_type
-        types[value.name] = tensor.elem_type
-        if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
-            shapes[value.name] = tuple(d.dim_value for d in tensor.shape.dim)
-    for node in graph.node:  # a flattened tensor has as many elements as before
-        source, target = node.input[0] if node.input else "", node.output[0]
-        if node.op_type == "Reshape" and target not in shapes and source in shapes:
-            rank = shapes.get(node.input[1])
-            if rank == (1,):
-                shapes[target] = (prod(shapes[source]),)
-    return graph, types, shapes
+    del graph.value_info[:]
+    for dimension in (d for value in graph.input for d in value.type.tensor_type.shape.dim):
+        if not dimension.HasField("dim_value"):
+            dimension.dim_value = n
+    for value in graph.output:
+        value.type.tensor_type.ClearField("shape")
+    types: dict[str, int] = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    shapes: dict[str, Shape] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer if prod(t.dims) <= SMALL}
+    _drop_data(graph)
+    while True:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+        for value in (*inferred.input, *inferred.value_info, *inferred.output):
+            tensor = value.type.tensor_type
+            types[value.name] = tensor.elem_type
+            if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
+                shapes[value.name] = tuple(d.dim_value for d in tensor.shape.dim)
+        computed = _computed(graph, shapes, constants)
+        if not computed:
+            return original, types, shapes
+        nodes = [node for node in graph.node if node.output[0] not in computed]
+        del graph.node[:]
+        graph.node.extend(nodes)
+        for name, array in computed.items():
+            graph.initializer.append(numpy_helper.from_array(array, name))
+            types[name], shapes[name] = graph.initializer[-1].data_type, array.shape
 
 
-def _without_data(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Large weights are of no use to shape inference, which would copy them."""
-    for tensor in model.graph.initializer:
-        if prod(tensor.dims) > 1024 and tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8):
-            value = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tuple(tensor.dims))
-            model.graph.input.append(value)
-    kept = [t for t in model.graph.initializer if t.name not in {i.name for i in model.graph.input}]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
-    return model
+def _computed(
+    graph: onnx.GraphProto, shapes: Mapping[str, Shape], constants: dict[str, NDArray[Any]]
+) -> dict[str, NDArray[Any]]:
+    """What nodes that compute shapes, and others like them, give; it is added to the constants."""
+    found: dict[str, NDArray[Any]] = {}
+    for node in graph.node:
+        if node.op_type == "Shape" and node.input[0] in shapes:
+            ends = {str(attribute.name): attribute.i for attribute in node.attribute}
+            array: NDArray[Any] = np.array(shapes[node.input[0]], np.int64)[ends.get("start", 0) : ends.get("end")]
+        elif node.op_type in SHAPE_OPERATORS and all(name in constants for name in node.input if name):
+            feeds = {str(name): constants[name] for name in node.input if name}
+            results: Any = ReferenceEvaluator(node).run(None, feeds)
+            array = np.asarray(results[0])
+        else:
+            continue
+        if array.size <= SMALL and array.dtype.kind == "i":
+            found[node.output[0]] = constants[node.output[0]] = array
+    return found
 
 
-def _evaluate(expression: str, sizes: Mapping[str, int]) -> int | None:
-    """The value of a dimension such as "98*N"; None if it names anything else, or is written in another way."""
-
-    def value(node: ast.expr) -> int:
-        match node:
-            case ast.Constant(value=int(number)):
-                return number
-            case ast.Name(id=name):
-                return sizes[name]
-            case ast.BinOp(left=left, op=sign, right=right) if type(sign) in OPERATORS:
-                return OPERATORS[type(sign)](value(left), value(right))
-        raise ValueError(expression)
-
-    try:
-        return value(ast.parse(expression, mode="eval").body)
-    except (SyntaxError, ValueError, KeyError, ZeroDivisionError, RecursionError):
-        return None
+def _drop_data(graph: onnx.GraphProto) -> None:
+    """Make inputs of the large weights, which are of no use to shape inference; it would copy them."""
+    kept = [tensor for tensor in graph.initializer if prod(tensor.dims) <= SMALL]
+    for tensor in graph.initializer:
+        if prod(tensor.dims) > SMALL:
+            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tuple(tensor.dims)))
+    del graph.initializer[:]
+    graph.initializer.extend(kept)

@@ -22,6 +22,7 @@ if __name__ == "__main__":  # run as a script: the same as `icnet roofline`
 import argparse
 import json
 import logging
+import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -235,8 +236,10 @@ def profile(
     options.profile_file_prefix = str(folder / "profile")
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        feeds = {**dict(zip(("images", "sisms"), tensors, strict=True)), "groups": np.zeros(len(tensors[0]), np.int32)}
+        feeds = {tensor.name: feeds[tensor.name] for tensor in session.get_inputs()}  # the groups of a packed export
         for _ in range(rounds + 1):
-            session.run(None, dict(zip(("images", "sisms"), tensors, strict=True)))
+            session.run(None, feeds)
     except Exception as error:  # ONNX Runtime's exceptions have no common base but Exception
         raise ModelError(f"{path}: ONNX Runtime can't profile it: {' '.join(str(error).split())}") from error
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -257,7 +260,7 @@ def _costs(path: Path, nodes: Sequence[Node], kernels: dict[tuple[str, str], flo
     producers = {output: node for node in graph.node for output in node.output}
     rows = []
     for (kernel, op), took in kernels.items():
-        name = kernel.partition("/")[0]
+        name = re.sub(r"_token_\d+$", "", kernel.partition("/")[0])
         found = by_name.get(name)
         if found is None:
             producer = producers.get(name.removesuffix("_nchwc"))

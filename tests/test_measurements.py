@@ -117,6 +117,11 @@ def test_flop_are_those_of_torchs_counter(network, model_file, oracle_file, n):
     assert total_flop(oracle_file, n) == flop_of(ReferenceICNet.of(network), n) - twice
 
 
+def test_flop_of_a_packed_export_are_those_of_a_plain_one(exports):
+    """One group: the mask hides nothing. Its sort takes a shape that the graph computes."""
+    assert total_flop(exports.with_name("icnet.packed.onnx"), 3) == total_flop(exports, 3)
+
+
 def test_nodes_by_part_of_the_network(network, model_file, oracle_file):
     by_level = roofline.levels({"ours": count(model_file, 2), "paper": count(oracle_file, 2)})
     assert {"vgg", "Co4", "Co5", "Co6", "refine_1"} <= set(by_level)
