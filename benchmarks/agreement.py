@@ -8,10 +8,11 @@ does not excuse everything: on a trained network autocast, which correlates in F
 
 The floor of INT8 is the oracle whose convolutions read what they read, and have their weights, in 8 bits (but for those
 that `icnet calibrate` leaves in floating point), against the plain oracle. Calibrated files were 0.8 to 1.4 of these
-floors away (three networks, one of them trained, minmax and entropy), networks of other weights 14 to 230.
+floors away (three networks, one of them trained, minmax and entropy), networks of other weights 14 to 230. That of
+MNN's files, which are FP32 but round as Winograd's convolutions do, is the oracle with as much noise (`to_mnn.py`).
 """
 
-import re
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +29,15 @@ from export.fp16 import fold_batch_norms, half_precision
 from export.icnet import ICNet, Uint8Interface
 from export.proof import NEGLIGIBLE_MEAN, oracles
 from export.reference import ReferenceICNet
+from export.to_mnn import WINOGRAD
 from export.to_onnx import write_onnx
+from runtime.predictor import MNN_SUFFIX
 
 PRECISIONS = ("fp32", "fp16", "int8")
 FLOORS = 4.0  # that the mean of |Δ| may be
 GROUPS = (1, 2, 5, 1, 2, 5)  # sizes of those that are judged
 NOT_INT8 = ("vgg.vgg.0", "get_pred_4.pred.0", "refine_1.pred.pred.0")  # as in calibration.graph
 LEVELS = 127  # of INT8, on one side of 0
-NOTED = re.compile(rb'"precision": "(\w+)"')
 
 
 def prepare(folder: Path, checkpoint: Path | None, half: bool = False) -> ICNet:
@@ -68,14 +70,18 @@ def prepare(folder: Path, checkpoint: Path | None, half: bool = False) -> ICNet:
 def precision_of(path: Path) -> str:
     """The precision by which a model file is to be judged: what it says of itself, or INT8's if it says nothing.
 
-    An export says it in its metadata; what was built from one notes them, in the file or in NAME.json beside it.
+    An export says it in its metadata, an engine of ours in NAME.engine.json beside it; MNN's are FP32 by Winograd.
     """
+    if path.suffix.lower() == MNN_SUFFIX:
+        return "winograd"
     try:
-        precision = {p.key: p.value for p in onnx.load(path, load_external_data=False).metadata_props}.get("precision")
+        notes = {p.key: p.value for p in onnx.load(path, load_external_data=False).metadata_props}
     except Exception:  # not an ONNX file; whether it is a model at all shows when it is started
-        notes = path.with_name(f"{path.name}.json")
-        found = NOTED.search((notes if notes.is_file() else path).read_bytes())
-        precision = found[1].decode() if found else None
+        try:
+            notes = json.loads(path.with_name(f"{path.name}.json").read_text(encoding="utf-8"))["onnx_metadata"] or {}
+        except (OSError, ValueError, KeyError, TypeError):
+            notes = {}
+    precision = notes.get("precision")
     return precision if precision in PRECISIONS else "int8"
 
 
@@ -89,8 +95,9 @@ def bounds(
 ) -> dict[str, float]:
     """How large the mean of |Δ| over these groups may be by rounding alone, by precision: see above."""
     oracle = Uint8Interface(ReferenceICNet.of(network))
+    changes = {"int8": _in_int8, "winograd": _by_winograd}
     others = {
-        p: Uint8Interface(_in_int8(ReferenceICNet.of(network))) if p == "int8" else oracles(network, p)[1]
+        p: Uint8Interface(changes[p](ReferenceICNet.of(network))) if p in changes else oracles(network, p)[1]
         for p in precisions
     }
     differences: dict[str, list[Tensor]] = {p: [] for p in others}
@@ -116,6 +123,19 @@ def _in_int8(network: ICNet) -> ICNet:
             weight = module.weight.data
             module.weight.data = rounded(weight, weight.abs().amax(dim=(1, 2, 3), keepdim=True))
             module.register_forward_pre_hook(lambda _module, inputs: (rounded(inputs[0], inputs[0].abs().max()),))
+    return network
+
+
+def _by_winograd(network: ICNet) -> ICNet:
+    """The network with what Winograd's convolutions round, as noise on their outputs, in place; as in `to_mnn.py`."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        return output * (1 + WINOGRAD * torch.randn(output.shape, generator=generator))
+
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(noisy)
     return network
 
 

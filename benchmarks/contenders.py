@@ -71,7 +71,7 @@ class Contender:
 
     Attributes:
         start: loads it.
-        precision: "fp32", "fp16" or "int8", by which its maps are judged.
+        precision: "fp32", "fp16", "int8" or "winograd", by which its maps are judged.
     """
 
     start: Start

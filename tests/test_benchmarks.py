@@ -195,8 +195,9 @@ def test_int8_and_packed_files_race_and_are_judged_by_their_precision(icnet, che
     ("name", "content", "beside", "precision"),
     [
         ("x.engine", b"\0", {"onnx_metadata": {"precision": "fp16"}}, "fp16"),
-        ("x.mnn", b'\xff{"onnx_metadata": {"precision": "fp32"}}\0', None, "fp32"),
+        ("x.mnn", b"\0", None, "winograd"),
         ("x.engine", b"\0", None, "int8"),
+        ("x.engine", b"\0", {"onnx_metadata": None}, "int8"),
         ("x.onnx", b"", None, "int8"),
     ],
 )
