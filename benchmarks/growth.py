@@ -49,6 +49,7 @@ SIZES = [1, 2, 5, 10, 20, 50, 100, 200, 300]
 PACKS = [1, 2, 4, 8]  # groups in one call
 STREAM_SIZES = (1, 2, 3, 5, 8)  # of the groups of --groups
 RECORDS = 20  # of the memory during --groups
+FEWEST = 3  # points of a line
 SPARE = 0.8  # of the free memory that a size may take
 GREW = 1.02  # times as much memory at the end as in the middle: more than allocators vary by
 
@@ -149,9 +150,9 @@ def _measure(found: Results, path: Path, setting: Setting, n: int, calls: int) -
 
 
 def _fit(found: Results) -> None:
-    """The straight lines through a model's points."""
+    """The straight lines through a model's points, if there are enough to see whether they lie on one."""
     rows = found["sizes"]
-    if len(rows) >= 2:
+    if len(rows) >= FEWEST:
         n = [row["n"] for row in rows]
         found["time_offset_s"], found["time_per_image_s"] = line(n, [row["median_s"] for row in rows])
         offset, slope = line(n, [row["peak_memory_bytes"] for row in rows])
@@ -278,7 +279,7 @@ def draw(results: Results, path: Path, metadata: dict[str, str] | None = None) -
 
     def fitted(axes: Any, x: Sequence[float], y: Sequence[float], colour: str, label: str) -> None:
         axes.plot(x, y, "o", color=colour, label=label)
-        if len(x) >= 2:
+        if len(x) >= FEWEST:
             offset, slope = line(x, y)
             axes.plot(x, offset + slope * np.asarray(x), "-", color=colour, linewidth=1)
 

@@ -170,8 +170,9 @@ def _latency(results: Results, name: str) -> list[str]:
         *_table(["contender", *sizes], cells(times_as_fast)),
     ]
     lines += ["Median and 90th percentile of a group, ms:", *_table(["contender", *sizes], cells(milliseconds))]
-    lines += ["Products and convolutions, as a share of the rate of a large matrix product:"]
-    lines += _table(["contender", *sizes], cells(share))
+    if any(row["share_of_matrix_product"] for group in groups for row in group["contenders"].values()):
+        lines += ["Products and convolutions, as a share of the rate of a large matrix product:"]
+        lines += _table(["contender", *sizes], cells(share))
     if any(kind in row for group in groups for row in group["contenders"].values()):
         where = "GPU memory" if on_gpu else "memory"
         lines += [f"Peak {where} of a process that runs one contender alone, MB:"]

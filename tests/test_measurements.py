@@ -211,10 +211,10 @@ def test_a_nodes_bound_is_its_products_or_its_bytes():
 def test_icnet_growth(icnet, model_file, tmp_path, monkeypatch):
     monkeypatch.setattr(growth, "available_memory", lambda: 10**12)
     output = tmp_path / "x.json"
-    code, out, _ = icnet("growth", model_file, "--sizes", 1, 6, "--calls", 2, "--threads", 1, "--output", output)
+    code, out, _ = icnet("growth", model_file, "--sizes", 1, 4, 6, "--calls", 2, "--threads", 1, "--output", output)
     assert code == 0
     (found,) = json.loads(output.read_text())["models"]
-    assert [row["n"] for row in found["sizes"]] == [1, 6]
+    assert [row["n"] for row in found["sizes"]] == [1, 4, 6]
     assert all(row["first_map_s"] > row["median_s"] > 0 for row in found["sizes"])
     assert found["memory_per_image_bytes"] > 224 * 224 * 4
     assert "per image" in out
@@ -253,7 +253,7 @@ def test_a_size_that_would_not_fit_is_not_tried(icnet, model_file, tmp_path, mon
     monkeypatch.setattr(growth, "alone", alone)
     monkeypatch.setattr(growth, "available_memory", lambda: 20 * 10**9)
     output = tmp_path / "x.json"
-    code, out, _ = icnet("growth", model_file, "--sizes", 300, 10, 1, "--output", output)
+    code, out, _ = icnet("growth", model_file, "--sizes", 300, 10, 5, 1, "--output", output)
     assert code == 0
     (found,) = json.loads(output.read_text())["models"]
     assert found["not_run"] == {"300": "would take 30 GB of the 20 GB free"}

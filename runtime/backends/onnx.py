@@ -81,6 +81,9 @@ class OnnxBackend:
         # Else, once it has seen a size, ONNX Runtime takes one block for all of a call's tensors: no faster, and on
         # top of the memory of the first call.
         options.enable_mem_pattern = False
+        # Threads that wait for work keep their cores busy. Within a call that saves time; after it, it takes the cores
+        # from those who resize and write the maps.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3  # errors; they reach the caller as exceptions
         try:
             self._session = ort.InferenceSession(self.path, options, providers=[*providers])
