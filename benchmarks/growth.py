@@ -40,7 +40,7 @@ from benchmarks.accuracy import labels
 from benchmarks.contenders import Setting, alone, inputs, load
 from benchmarks.machine import available_memory, cores, machine, memory, name_of, wide_console
 from benchmarks.timing import Times, interleaved, interval, line, ratio, warm_up
-from runtime import ICNetError, InputError, OutputError, Predictor
+from runtime import ICNetError, InputError, ModelError, OutputError, Predictor
 from runtime.bank import MAX_IMAGES
 from runtime.files import bank_files, digest, replacing, same_file
 from runtime.predictor import MAX_THREADS
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         InputError: an option out of range, or a model file that is not there.
-        ModelError: --groups: a model can't be loaded, or fails.
+        ModelError: no model runs at any size; with --groups, one can't be loaded or fails.
         OutputError: the results can't be written.
     """
     if min(args.chunk, args.pack_size, *args.sizes) < 1 or not 1 <= args.threads <= MAX_THREADS:
@@ -123,6 +123,8 @@ def run(args: argparse.Namespace) -> int:
             results["interrupted"] = True
         if results["interrupted"] and not any(found["sizes"] for found in results["models"]):
             raise KeyboardInterrupt  # there is nothing to keep
+        if not any(found["sizes"] for found in results["models"]):
+            raise ModelError(next(why for found in results["models"] for why in found["not_run"].values()))
         for found in results["models"]:
             _fit(found)
         if temporary:

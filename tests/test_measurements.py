@@ -262,6 +262,15 @@ def test_a_size_that_would_not_fit_is_not_tried(icnet, model_file, tmp_path, mon
     assert "group of 300: would take 30 GB" in out
 
 
+def test_if_no_model_runs_there_is_an_error_and_no_results(icnet, tmp_path):
+    (tmp_path / "x.onnx").write_bytes(b"junk")
+    output = tmp_path / "x.json"
+    code, _, err = icnet("growth", tmp_path / "x.onnx", "--sizes", 1, 2, "--output", output)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "x.onnx: not an ONNX model" in err
+    assert not output.exists()
+
+
 def test_memory_over_many_groups_is_watched(icnet, model_file, tmp_path, monkeypatch):
     monkeypatch.setattr(growth, "_measure", lambda *_: None)
     used = iter([100, 130, *range(140, 990, 10)])
