@@ -121,9 +121,9 @@ def run(args: argparse.Namespace) -> int:
                         _measure(chunked, path, replace(setting, chunk=args.chunk), n, args.calls)
         except KeyboardInterrupt:
             results["interrupted"] = True
-        if results["interrupted"] and not any(found["sizes"] for found in results["models"]):
-            raise KeyboardInterrupt  # there is nothing to keep
-        if not any(found["sizes"] for found in results["models"]):
+        if not any(found["sizes"] or "stream" in found for found in results["models"]):  # there is nothing to keep
+            if results["interrupted"]:
+                raise KeyboardInterrupt
             raise ModelError(next(why for found in results["models"] for why in found["not_run"].values()))
         for found in results["models"]:
             _fit(found)
