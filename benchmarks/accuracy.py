@@ -15,7 +15,6 @@ if __name__ == "__main__":  # run as a script: the same as `icnet evaluate`
 
 import argparse
 import datetime
-import json
 import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -33,7 +32,7 @@ from rich.table import Table
 from benchmarks.dataset import BUILTIN, Dataset, evaluate, find_dataset
 from benchmarks.metrics import BETA2, Metrics
 from runtime import DependencyError, InputError, OutputError, Predictor, __version__
-from runtime.files import digest, replacing, same_file
+from runtime.files import digest, replacing, same_file, write_json
 
 SISMS = "SISMs"  # the baseline's name in the results
 COLUMNS = {"S ↑": "s", "max F ↑": "max_f", "max E ↑": "max_e", "MAE ↓": "mae"}
@@ -97,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
                 results["datasets"].append(measure(dataset, args, progress))
                 console.print(table(results["datasets"][-1]))
         if output:
-            output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            write_json(output, results)
         if plot:
             draw(results, plot)
     return 0

@@ -16,7 +16,6 @@ if __name__ == "__main__":  # run as a script: the same as `icnet bank-curve`
 
 import argparse
 import datetime
-import json
 from contextlib import ExitStack
 from typing import Any
 
@@ -32,7 +31,7 @@ from benchmarks.metrics import Scores
 from runtime import Bank, InputError, Predictor
 from runtime.contact_sheet import contact_sheet
 from runtime.contract import SIZE
-from runtime.files import bank_files, digest, replacing
+from runtime.files import bank_files, digest, replacing, write_json
 from training.paste import CutPaste, Group
 
 OWN = "their own group"
@@ -88,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         results = measure(args, maker, predictor)
         Console().print(table(results))
         if output:
-            output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            write_json(output, results)
         if plot:
             draw(results, plot)
         if picture:

@@ -17,7 +17,8 @@ from benchmarks.contenders import picture
 from benchmarks.machine import name_of
 from benchmarks.timing import Times, interleaved, percentiles, warm_up
 from runtime import Predictor
-from runtime.preprocess import BILINEAR, in_threads, read_image, restore_map, save_map, sism_tensor
+from runtime.preprocess import BILINEAR, read_image, restore_map, save_map, sism_tensor
+from runtime.threads import in_threads
 
 SIZE = (640, 480)  # of the photographs, pixels: the usual in COCO
 STAGES = ("decode", "resize", "SISMs", "network", "resize back", "write")

@@ -22,7 +22,6 @@ if __name__ == "__main__":  # run as a script: the same as `icnet growth`
     sys.exit(main(["growth", *sys.argv[1:]]))
 
 import argparse
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -38,12 +37,13 @@ from rich.table import Table
 
 from benchmarks.accuracy import labels
 from benchmarks.contenders import Setting, alone, inputs, load
-from benchmarks.machine import available_memory, cores, machine, memory, name_of, wide_console
+from benchmarks.machine import available_memory, machine, memory, name_of, wide_console
 from benchmarks.timing import Times, interleaved, interval, line, ratio, warm_up
 from runtime import ICNetError, InputError, ModelError, OutputError, Predictor
 from runtime.bank import MAX_IMAGES
-from runtime.files import bank_files, digest, replacing, same_file
+from runtime.files import bank_files, digest, replacing, same_file, write_json
 from runtime.predictor import MAX_THREADS
+from runtime.threads import cores
 
 SIZES = [1, 2, 5, 10, 20, 50, 100, 200, 300]
 PACKS = [1, 2, 4, 8]  # groups in one call
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         for found in results["models"]:
             _fit(found)
         if temporary:
-            temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            write_json(temporary, results)
     grew = report(results, console)
     if args.output:
         print(f"{args.output}: written")

@@ -24,7 +24,6 @@ if __name__ == "__main__":  # run as a script: the same as `icnet bench`
     sys.exit(main(["bench", *sys.argv[1:]]))
 
 import argparse
-import json
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
@@ -61,13 +60,14 @@ from benchmarks.contenders import (
     reason,
 )
 from benchmarks.gpu import Gpu
-from benchmarks.machine import available_memory, cores, machine, matrix_product, name_of, wide_console
+from benchmarks.machine import available_memory, machine, matrix_product, name_of, wide_console
 from benchmarks.operations import total_flop
 from benchmarks.timing import Times, interleaved, interval, line, percentiles, ratio, warm_up
 from export.icnet import ICNet
 from runtime import ICNetError, InputError, ModelError, OutputError, Predictor
-from runtime.files import digest, replacing, same_file
+from runtime.files import digest, replacing, same_file, write_json
 from runtime.predictor import MAX_THREADS
+from runtime.threads import cores
 
 Results = dict[str, Any]
 Maps = NDArray[np.float32]
@@ -144,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
         if results["interrupted"] and not results["groups"]:
             raise KeyboardInterrupt  # there is nothing to keep
         if temporary:
-            temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            write_json(temporary, results)
     if output:
         print(f"{output}: written")
     return 130 if results["interrupted"] else 0

@@ -48,11 +48,6 @@ def machine(threads: int) -> dict[str, Any]:
     return found
 
 
-def cores() -> int:
-    """The CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def name_of(machine: dict[str, Any]) -> str:
     """The machine in a few words, for a title."""
     return machine["gpu"] if "gpu" in machine else f"{machine['cpu']}, {machine['threads']} threads"

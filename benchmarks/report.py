@@ -34,7 +34,6 @@ from runtime.files import digest, replacing
 
 RESULTS = Path("benchmarks/results")
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
-NODES = 10  # of the roofline's table
 
 Results = dict[str, Any]
 
@@ -240,7 +239,7 @@ def _roofline(results: Results, name: str) -> list[str]:
     total = sum(row["seconds"] for row in results["nodes"])
     peak = results["matrix_product_flop_per_s"]
     rows = []
-    for row in results["nodes"][:NODES]:
+    for row in results["nodes"][: roofline.COSTLIEST]:
         rate = row["flop"] / row["seconds"]
         cells = (
             f"{row['seconds'] * 1e3:.1f}",

@@ -17,7 +17,6 @@ if __name__ == "__main__":  # run as a script: the same as `icnet robustness`
 
 import argparse
 import datetime
-import json
 from contextlib import ExitStack
 from typing import Any
 
@@ -30,7 +29,7 @@ from rich.table import Table
 from benchmarks.accuracy import SISMS, labels, versions
 from benchmarks.metrics import Metrics, Scores
 from runtime import InputError, Predictor
-from runtime.files import digest, replacing
+from runtime.files import digest, replacing, write_json
 from training.paste import CutPaste
 
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8)
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         results = measure(args)
         Console().print(table(results))
         if output:
-            output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            write_json(output, results)
         if plot:
             draw(results, plot)
     return 0

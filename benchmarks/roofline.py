@@ -40,12 +40,14 @@ from rich.table import Table
 
 from benchmarks.agreement import prepare
 from benchmarks.contenders import ORACLE_ONNX, OURS_ONNX, inputs
-from benchmarks.machine import copy, cores, machine, matrix_product, name_of, wide_console
+from benchmarks.machine import copy, machine, matrix_product, name_of, wide_console
 from benchmarks.operations import Node, count
 from benchmarks.timing import Times, interleaved, warm_up
 from runtime import InputError, ModelError, OutputError, Predictor
-from runtime.files import digest, replacing, same_file
+from runtime.errors import one_line
+from runtime.files import digest, replacing, same_file, write_json
 from runtime.predictor import MAX_THREADS
+from runtime.threads import cores
 
 COSTLIEST = 10
 INSERTED = "layout"  # what the table calls nodes that ONNX Runtime puts in itself
@@ -123,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
         for text in summary(results):
             console.print(text, markup=False, highlight=False, soft_wrap=True)
         if output:
-            output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            write_json(output, results)
         if plot:
             draw(results, plot)
     return 0
@@ -241,7 +243,7 @@ def profile(
         for _ in range(rounds + 1):
             session.run(None, feeds)
     except Exception as error:  # ONNX Runtime's exceptions have no common base but Exception
-        raise ModelError(f"{path}: ONNX Runtime can't profile it: {' '.join(str(error).split())}") from error
+        raise ModelError(f"{path}: ONNX Runtime can't profile it: {one_line(error)}") from error
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
     for event in json.loads(Path(session.end_profiling()).read_text(encoding="utf-8")):
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):

@@ -41,11 +41,12 @@ from rich.table import Table
 from benchmarks import gpu
 from benchmarks.accuracy import labels
 from benchmarks.contenders import Setting, inputs, load
-from benchmarks.machine import cores, machine, name_of, wide_console
+from benchmarks.machine import machine, name_of, wide_console
 from runtime import ICNetError, InputError, OutputError, Predictor
-from runtime.files import digest, replacing, same_file
+from runtime.files import digest, replacing, same_file, write_json
 from runtime.groups import find_groups
 from runtime.predictor import MAX_THREADS
+from runtime.threads import cores
 
 SERVICE = "service"
 HISTOGRAMS = {SERVICE: dict.fromkeys(range(3, 9), 1)}
@@ -134,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
         if results["interrupted"]:
             console.print("interrupted: this is what was measured until then")
         if temporary:
-            temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            write_json(temporary, results)
     if args.output:
         print(f"{args.output}: written")
     return 130 if results["interrupted"] else 0

@@ -14,7 +14,6 @@ if __name__ == "__main__":  # run as a script: the same as `icnet calibrate`
     sys.exit(main(["calibrate", *sys.argv[1:]]))
 
 import argparse
-import json
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -32,7 +31,7 @@ from calibration.ranges import METHODS, PERCENTILE, Ranges, collect, read_cache,
 from calibration.sensitivity import CURVE, Decisions, draw, read_decisions, record, scorer, search, table
 from runtime import __version__
 from runtime.errors import DependencyError, InputError, OutputError
-from runtime.files import digest, replacing, same_file
+from runtime.files import digest, replacing, same_file, write_json
 from runtime.predict import BUILTIN, sism_folder
 from runtime.predictor import MAX_THREADS
 
@@ -191,7 +190,7 @@ def _write_decisions(args: argparse.Namespace, model: ExportedModel, decisions: 
         **record(decisions, model),
     }
     path = files.enter_context(replacing(_decisions_file(args)))
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(path, content)
     if args.plot:
         draw(decisions, model, files.enter_context(replacing(args.plot)))
 

@@ -30,6 +30,7 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from calibration.ranges import Ranges
 from runtime.contract import TensorSpec, check_contract
 from runtime.errors import ModelError, one_line
+from runtime.files import check_model_file
 
 FLOAT_LAYERS = ("vgg.vgg.0", "get_pred_4.pred.0", "refine_1.pred.pred.0")
 PREFIX, SUFFIX = "network.", ".weight"  # of a layer's weights in an export with uint8 inputs
@@ -300,8 +301,7 @@ def _shapes_of_one_image(model: onnx.ModelProto) -> dict[str, Sequence[int]]:
 
 
 def _load(path: Path) -> onnx.ModelProto:
-    if not path.is_file():
-        raise ModelError(f"{path}: {'not a model file' if path.exists() else 'no such model file'}")
+    check_model_file(path)
     try:
         return onnx.load(path)
     except Exception as error:  # protobuf's and onnx's own

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from calibration.groups import Feeds
 from runtime.errors import ModelError, one_line
-from runtime.files import replacing
+from runtime.files import replacing, write_json
 
 METHODS = ("minmax", "percentile", "entropy")
 BINS = 2048
@@ -158,4 +158,4 @@ def write_cache(path: Path, key: dict[str, str], ranges: Ranges) -> None:
         OutputError: the file can't be written.
     """
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps({"key": key, "ranges": ranges}, indent=1) + "\n", encoding="utf-8")
+        write_json(temporary, {"key": key, "ranges": ranges})

@@ -172,11 +172,6 @@ class BankModels:
                 "again with icnet bank"
             )
 
-    def close(self) -> None:
-        """Give the models' memory back."""
-        self._intra.close()
-        self._banked.close()
-
     def _chunks(self, backend: Backend, n: int, bank: int) -> list[slice]:
         """Chunks of nearly equal size, all of which the model takes."""
         parts = -(-n // self._most)

@@ -1,13 +1,15 @@
 """Output files that are either whole or not there, and what a file is known by."""
 
 import hashlib
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from runtime.errors import InputError, OutputError
+from runtime.errors import InputError, ModelError, OutputError
 
 
 @contextmanager
@@ -43,6 +45,17 @@ def remove(path: Path) -> None:
     """
     with _output_errors(path):
         path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write to a temporary name, from `replacing`, in the way of all our JSON files."""
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def check_model_file(path: Path) -> None:
+    """Raise ModelError unless `path` is a file, whatever is in it."""
+    if not path.is_file():
+        raise ModelError(f"{path}: {'not a model file' if path.exists() else 'no such model file'}")
 
 
 def bank_files(path: Path) -> tuple[Path, Path]:

@@ -18,9 +18,10 @@ from runtime.errors import ICNetError, InputError, ModelError
 from runtime.files import bank_files, digest
 from runtime.groups import Group, find_groups
 from runtime.predictor import Predictor
-from runtime.preprocess import image_tensor, in_threads, restore_map, save_map, sism_tensor
+from runtime.preprocess import image_tensor, restore_map, save_map, sism_tensor
 from runtime.results import SHEET, GroupResults
 from runtime.sisms import builtin_sism
+from runtime.threads import in_threads
 
 BUILTIN = "builtin"
 GROUPS_AT_ONCE = 16  # read, computed and written in threads with --pack

@@ -22,7 +22,8 @@ from runtime.bank import Bank, BankModels, differ, most_images
 from runtime.contract import INPUTS, TensorSpec
 from runtime.errors import ICNetError, InputError, ModelError
 from runtime.packing import Packer, Tensors, first_fit
-from runtime.preprocess import ImageSource, image_tensor, in_threads, restore_map, sism_tensor
+from runtime.preprocess import ImageSource, image_tensor, restore_map, sism_tensor
+from runtime.threads import in_threads
 
 MAX_THREADS = 1024
 UNORDERED = (str, bytes, os.PathLike, set, frozenset, dict)  # iterable, perhaps, but no sequence of images

@@ -7,10 +7,7 @@ with; OpenCV's bilinear does not antialias and gives the network other pixels.
 import os
 import stat
 import zlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +16,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from runtime.contract import SIZE
 from runtime.errors import InputError
 
-T = TypeVar("T")
 ImageSource = str | os.PathLike[str] | NDArray[np.generic] | Image.Image
 
 TOLERANCE = 1e-3  # how far a float may lie outside [0, 1] by rounding
@@ -122,23 +118,6 @@ def save_map(tensor: NDArray[np.float32], path: str | os.PathLike[str]) -> None:
     """
     grey = np.rint(tensor * 255).astype(np.uint8)
     Image.fromarray(grey).save(path, format="png", compress_type=zlib.Z_RLE)
-
-
-def in_threads(calls: Sequence[Callable[[], T]], threads: int | None = None) -> list[T]:
-    """The calls' results, in order; Pillow decodes, resizes and encodes outside Python's lock.
-
-    Args:
-        calls: what to do.
-        threads: how many at once; None for one per CPU.
-
-    Raises:
-        Exception: of the calls that failed the first one's; those that had not begun are left out.
-    """
-    threads = min(len(calls), threads or os.cpu_count() or 1)
-    if threads < 2:
-        return [call() for call in calls]
-    with ThreadPoolExecutor(threads, "icnet-images") as pool:
-        return list(pool.map(lambda call: call(), calls))
 
 
 def read_image(source: ImageSource, name: str, mode: str, behind: tuple[int, int, int, int]) -> Image.Image:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import OutputError
-from runtime.files import digest, remove, replacing, same_file
+from runtime.files import digest, remove, replacing, same_file, write_json
 from runtime.groups import Group
 
 SHEET = "contact_sheet.jpg"
@@ -92,4 +92,4 @@ class GroupResults:
     def _write_record(self) -> None:
         record = {"made_from": self._made_from, "files": self._digests}
         with replacing(self.folder / RECORD) as temporary:
-            temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            write_json(temporary, record)

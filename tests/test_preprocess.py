@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from runtime import InputError
-from runtime.preprocess import image_tensor, in_threads, restore_map, save_map, sism_tensor
+from runtime.preprocess import image_tensor, restore_map, save_map, sism_tensor
+from runtime.threads import in_threads
 
 RNG = np.random.default_rng(0)
 

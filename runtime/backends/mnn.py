@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from runtime.backends.onnx import Finished
 from runtime.contract import WEIGHTS, TensorSpec, check_contract
 from runtime.errors import DependencyError, ICNetError, ModelError, one_line
+from runtime.files import check_model_file
+from runtime.threads import cores
 
 OUT_OF_MEMORY = 1  # MNN's ErrorCode
 
@@ -42,8 +44,7 @@ class MnnBackend:
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         self.path = path
-        if not self.path.is_file():
-            raise ModelError(f"{self.path}: {'not a model file' if self.path.exists() else 'no such model file'}")
+        check_model_file(path)
         with _silence():
             try:
                 import MNN
@@ -56,7 +57,7 @@ class MnnBackend:
                     f"{self.path}: not an MNN model, or one for a newer MNN than is installed here: {one_line(error)}"
                 ) from error
         # "normal" is FP32 on x86 and ARM alike; only "low" would round to 16 bits.
-        config = {"backend": "CPU", "numThread": threads or _cpus(), "precision": "normal"}
+        config = {"backend": "CPU", "numThread": threads or cores(), "precision": "normal"}
         try:
             self._session = self._interpreter.createSession(config)
             inputs = _specs(self._interpreter.getSessionInputAll(self._session))
@@ -152,10 +153,6 @@ def _weights(path: Path) -> str | None:
         except (struct.error, ValueError, KeyError, TypeError):  # another's file
             return None
     return weights if isinstance(weights, str) else None
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _silencing = threading.Lock()  # of two at once, the second would take the first one's silence for standard output

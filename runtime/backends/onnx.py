@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from runtime.contract import WEIGHTS, Interface, TensorSpec, check_contract
 from runtime.cuda import PageLocked
 from runtime.errors import DependencyError, ICNetError, ModelError, one_line
+from runtime.files import check_model_file
 
 CPU = "CPUExecutionProvider"
 CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")  # those that compute on an NVIDIA GPU
@@ -65,8 +66,7 @@ class OnnxBackend:
                 "onnxruntime is not installed: pip install 'icnet-deploy[cpu]' (or onnxruntime-gpu; not both)"
             ) from error
         self.path = path
-        if not self.path.is_file():
-            raise ModelError(f"{self.path}: {'not a model file' if self.path.exists() else 'no such model file'}")
+        check_model_file(path)
         wanted = [p if isinstance(p, str) else p[0] for p in providers]
         if absent := [name for name in wanted if name not in ort.get_available_providers()]:
             raise DependencyError(
