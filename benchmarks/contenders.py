@@ -62,6 +62,10 @@ class Setting:
     chunk: int | None = None
 
 
+class Died(ModelError):
+    """A process of its own that ended without a word; what it ran could end any other process, too."""
+
+
 Start = Callable[[Setting], AbstractContextManager[Runner]]
 
 
@@ -296,7 +300,8 @@ def alone(name: str, setting: Setting, n: int, calls: int = 1) -> dict[str, Any]
         the calls after it; `peak_memory_bytes` of the process; on a GPU also `peak_gpu_memory_bytes`.
 
     Raises:
-        ModelError: it can't run, or its process failed or was killed.
+        ModelError: it can't run.
+        Died: its process crashed or was killed.
     """
     command = [sys.executable, "-m", "benchmarks.contenders", name, str(setting.folder), str(n)]
     command += [str(setting.threads), setting.device, str(setting.chunk or 0), str(calls), repr(time.time())]
@@ -314,11 +319,11 @@ def alone(name: str, setting: Setting, n: int, calls: int = 1) -> dict[str, Any]
             process.kill()
             raise
     if process.returncode < 0:
-        raise ModelError(f"its process was killed by signal {-process.returncode}, for lack of memory perhaps")
+        raise Died(f"its process was killed by signal {-process.returncode}, for lack of memory perhaps")
     try:
         found: dict[str, Any] = json.loads(out.splitlines()[-1])  # whatever an engine may print before
     except (ValueError, IndexError) as error:
-        raise ModelError("its process failed") from error
+        raise Died("its process failed") from error
     if "error" in found:
         raise ModelError(found["error"])
     return found if gpu_memory is None else found | {"peak_gpu_memory_bytes": gpu_memory}

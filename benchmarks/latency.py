@@ -5,7 +5,7 @@ random order every round, on the same inputs, once they are warm. Absolute times
 the ratio is the result, with its 95 % bootstrap interval. Among them runs a large matrix product (FP32 on a CPU, FP16
 on a GPU), for the share of the machine's best rate. Memory is the peak of a process that runs one contender alone, and
 the first map is counted from the start of that process. Who would not fit into the free memory, by these peaks, beside
-those that are loaded is left out of a group.
+those that are loaded is left out of a group, and so is whose own process died at it.
 
 Nobody wins by being wrong: maps are compared with those of the first contender (on a GPU, with those of ONNX Runtime on
 the CPU), by a bound on the mean of |Δ| that is the precision's own (see `agreement.py`), pooled over groups that all
@@ -49,6 +49,7 @@ from benchmarks.contenders import (
     HALF_ONNX,
     OURS_ONNX,
     Contender,
+    Died,
     Runner,
     Setting,
     alone,
@@ -175,6 +176,7 @@ class Race:
     seconds: float | None = None
     results: Results = field(init=False)
     _peaks: dict[str, dict[int, int]] = field(init=False, default_factory=dict)  # memory by contender and size
+    _died: set[tuple[str, int]] = field(init=False, default_factory=set)  # contenders and sizes
 
     def run(self, memory: Sequence[int] | None = None, files: Sequence[int] | None = None) -> Results:
         """Race, and print tables. Ctrl-C ends it early: the results then say so.
@@ -341,6 +343,8 @@ class Race:
             found = alone(str(paths.get(label, label)), setting, n)
         except ICNetError as error:
             self.results["not_run"][f"{label}, alone, group of {n}"] = str(error)
+            if isinstance(error, Died):
+                self._died.add((label, n))
             return {}
         finally:
             step()
@@ -380,9 +384,11 @@ class Race:
                 failed.add(label)
                 self.results["not_run"][f"{label}, group of {n}"] = reason(error)
 
-        failed: set[str] = set()
+        failed = {label for label in runners if (label, n) in self._died}
         most = 0.0  # that any of those before takes again in every round
         for label in runners:
+            if label in failed:
+                continue
             free, need = available_memory(), self._need(label, n)
             if free is not None and need + most > free:
                 failed.add(label)

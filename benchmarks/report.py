@@ -236,10 +236,11 @@ def _throughput(results: Results, name: str) -> list[str]:
 def _roofline(results: Results, name: str) -> list[str]:
     lines = [_about(results), "", f"![Roofline](benchmarks/results/{name}.png)", ""]
     lines += [f"- {text}" for text in roofline.summary(results)]
-    total = sum(row["seconds"] for row in results["nodes"])
+    nodes = results.get("nodes", [])  # none of a card
+    total = sum(row["seconds"] for row in nodes)
     peak = results["matrix_product_flop_per_s"]
     rows = []
-    for row in results["nodes"][: roofline.COSTLIEST]:
+    for row in nodes[: roofline.COSTLIEST]:
         rate = row["flop"] / row["seconds"]
         cells = (
             f"{row['seconds'] * 1e3:.1f}",
@@ -248,7 +249,8 @@ def _roofline(results: Results, name: str) -> list[str]:
             f"{rate / peak:.0%}",
         )
         rows.append([row["module"] or "–", row["op"], *cells])
-    lines += _table(["node", "operator", "ms", "of all", "GFLOP/s", "of the matrix product's"], rows)
+    if rows:
+        lines += _table(["node", "operator", "ms", "of all", "GFLOP/s", "of the matrix product's"], rows)
     names = [*next(iter(results["levels"].values()))]
     levels = [[k, *(f"{flop[name] / 1e9:.2f}" for name in names)] for k, flop in results["levels"].items()]
     totals = (sum(flop[name] for flop in results["levels"].values()) for name in names)
@@ -262,11 +264,12 @@ def _draw_latency(results: Results, path: Path, metadata: dict[str, str] | None 
     axes = figure.subplots()
     for label in dict.fromkeys(label for group in results["groups"] for label in group["contenders"]):
         rows = [(g["n"], g["contenders"][label]) for g in results["groups"] if label in g["contenders"]]
-        style = "-" if label.startswith("ours") else "--"
+        style = "--" if label.startswith("paper") else "-"
         axes.plot([n for n, _ in rows], [row["images_per_s"] for _, row in rows], style, marker="o", label=label)
     axes.set(xscale="log", xlabel="images in the group", ylabel="images per second", ylim=(0, None))
     sizes = [group["n"] for group in results["groups"]]
     axes.set_xticks(sizes, [str(n) for n in sizes])
+    axes.minorticks_off()
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120, metadata=metadata)
 

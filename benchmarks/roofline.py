@@ -80,7 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Count, measure, print tables and write the results.
+    """Count, measure, print tables and write the results; of an interrupted run, what was measured until then.
+
+    Returns:
+        0, or 130 if it was interrupted.
 
     Raises:
         InputError: an option below 1, or options that don't go together.
@@ -120,7 +123,8 @@ def run(args: argparse.Namespace) -> int:
             results |= _on_card(args.card, args.precision or _precision(model), nodes, results)
         else:
             results |= measure(model, nodes, args.size, args.rounds, args.threads, folder, console, results)
-            console.print(table(results))
+            if results["nodes"]:
+                console.print(table(results))
         console.print(level_table(results))
         for text in summary(results):
             console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -128,6 +132,9 @@ def run(args: argparse.Namespace) -> int:
             write_json(output, results)
         if plot:
             draw(results, plot)
+    if results.get("interrupted"):
+        console.print("interrupted: this is what was measured until then")
+        return 130
     return 0
 
 
@@ -197,12 +204,17 @@ def measure(
 ) -> Results:
     """Time the model among matrix products and copies, then each of its nodes, on the CPU.
 
+    Returns:
+        What was measured; after Ctrl-C between the first round and the end, without the nodes, and it says so.
+
     Raises:
         ModelError: the file does not run.
     """
     tensors = inputs(n)
     works = {"matrix product": matrix_product("cpu", threads), "copy": copy("cpu", threads)}
     times: Times = {}
+    kernels: dict[tuple[str, str], float] = {}
+    interrupted = False
     with (
         Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
         Predictor(path, threads=threads) as predictor,
@@ -212,15 +224,20 @@ def measure(
         calls["model"] = partial(predictor.predict_tensors, *tensors)
         for call in calls.values():
             warm_up(call)
-        for _ in interleaved(calls, times, rounds):
-            progress.advance(bar)
-        progress.update(bar, description="profiling")
-        kernels = profile(path, tensors, rounds, threads, folder)
+        try:
+            for _ in interleaved(calls, times, rounds):
+                progress.advance(bar)
+            progress.update(bar, description="profiling")
+            kernels = profile(path, tensors, rounds, threads, folder)
+        except KeyboardInterrupt:
+            if not times:
+                raise
+            interrupted = True
     median = float(np.median(times["model"]))
     rates = {name: work.amount / min(times[name]) for name, work in works.items()}  # the best: they are limits
     found = _bounds(nodes, totals, n, rates["matrix product"], rates["copy"])
     found |= {"median_s": median, "share_of_bound": found["bound_s"] / median}
-    return found | {"nodes": _costs(path, nodes, kernels)}
+    return found | {"interrupted": interrupted, "nodes": _costs(path, nodes, kernels)}
 
 
 def profile(
@@ -326,24 +343,25 @@ def summary(results: Results) -> list[str]:
 
 
 def draw(results: Results, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """The roofline: rate against intensity, a dot per node with products, its area the time."""
+    """The roofline: rate against intensity, a dot per node with products, its area the time; no dots if none ran."""
     from matplotlib.figure import Figure
 
     peak, rate = results["matrix_product_flop_per_s"] / 1e9, results["copy_bytes_per_s"] / 1e9
-    rows = [row for row in results["nodes"] if row["flop"] and row["bytes"]]
+    nodes = results.get("nodes", [])
+    rows = [row for row in nodes if row["flop"] and row["bytes"]]
     x = np.array([row["flop"] / row["bytes"] for row in rows])
     y = np.array([row["flop"] / row["seconds"] / 1e9 for row in rows])
-    share = np.array([row["seconds"] for row in rows]) / sum(row["seconds"] for row in results["nodes"])
+    share = np.array([row["seconds"] for row in rows]) / sum(row["seconds"] for row in nodes)
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    intensity = np.geomspace(min(x.min(), peak / rate / 10) / 2, x.max() * 2, 200)
+    intensity = np.geomspace(min([*x, peak / rate / 10]) / 2, max([*x, peak / rate * 10]) * 2, 200)
     axes.plot(intensity, np.minimum(peak, intensity * rate), color="0.3")
     for op in sorted({row["op"] for row in rows}):
         of_op = np.array([row["op"] == op for row in rows])
         axes.scatter(x[of_op], y[of_op], s=10 + 3000 * share[of_op], alpha=0.6, label=op)
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="GFLOP/s")
     axes.set_title(f"{results['model']['name']}, group of {results['n']}; area: time", parse_math=False)
-    legend = axes.legend(loc="lower right")
-    for handle in legend.legend_handles:
-        handle.set_sizes([40])  # type: ignore[union-attr]
+    if rows:
+        for handle in axes.legend(loc="lower right").legend_handles:
+            handle.set_sizes([40])  # type: ignore[union-attr]
     figure.savefig(path, dpi=120, metadata=metadata)

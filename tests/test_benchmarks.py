@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import end_to_end, gpu, latency
 from benchmarks.agreement import precision_of, prepare
-from benchmarks.contenders import CONTENDERS, GPU_CONTENDERS, Contender, Setting, alone, inputs
+from benchmarks.contenders import CONTENDERS, GPU_CONTENDERS, Contender, Died, Setting, alone, inputs
 from benchmarks.gpu import Gpu
 from benchmarks.latency import Race
 from benchmarks.machine import Work, matrix_product, peak_memory
@@ -228,6 +228,44 @@ def test_who_does_not_fit_into_memory_is_left_out(monkeypatch):
         "large, group of 2": "would take 18.0 GB, and others 10.0 GB, of the 25.0 GB free",
         "large, group of 3": "would take 27.0 GB, and others 15.0 GB, of the 25.0 GB free",
     }
+
+
+def test_who_dies_alone_sits_that_size_out(monkeypatch):
+    """It would take the race down; what it did at other sizes stays."""
+    calls = []
+
+    def killer(images, sisms):
+        calls.append(len(images))
+        return grey(images, sisms)
+
+    def alone(name, setting, n):
+        if (name, n) == ("killer", 3):
+            raise Died("its process was killed by signal 11")
+        return {"times_s": [], "peak_memory_bytes": 1}
+
+    monkeypatch.setattr(latency, "CONTENDERS", {"first": contender(grey), "killer": contender(killer)})
+    monkeypatch.setattr(latency, "prepare", lambda *_, **__: random_network(1 / 32))
+    monkeypatch.setattr(latency, "judged", lambda most: [inputs(1)])
+    monkeypatch.setattr(latency, "alone", alone)
+    results = Race([], None, [2, 3, 4], 1, 1).run(files=[])
+    assert [list(group["contenders"]) for group in results["groups"]] == [
+        ["first", "killer"],
+        ["first"],
+        ["first", "killer"],
+    ]
+    assert results["not_run"] == {"killer, alone, group of 3": "its process was killed by signal 11"}
+    assert 3 not in calls
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize(("end", "why"), [("os.abort()", "killed by signal 6"), ("os._exit(3)", "its process failed")])
+def test_a_process_of_its_own_that_dies(tmp_path, monkeypatch, end, why):
+    python = tmp_path / "python"
+    python.write_text(f"#!{sys.executable}\nimport os\n{end}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(Died, match=why):
+        alone("anything", Setting(tmp_path, 1, [1]), 1)
 
 
 def test_a_race_that_is_interrupted_keeps_what_it_has(icnet, checkpoint, exported, tmp_path, monkeypatch):

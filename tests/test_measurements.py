@@ -190,6 +190,40 @@ def test_icnet_roofline(icnet, model_file, small_works, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_roofline_that_is_interrupted_keeps_what_it_has(icnet, model_file, small_works, tmp_path, monkeypatch):
+    """The rounds are whole; of the nodes there is nothing yet."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(roofline, "profile", interrupted)
+    folder = tmp_path / "benchmarks" / "results"
+    output, plot = folder / "roofline_x.json", tmp_path / "x.png"
+    options = ("--size", 1, "--rounds", 2, "--threads", 1, "--output", output, "--plot", plot)
+    code, out, _ = icnet("roofline", model_file, *options)
+    assert code == 130
+    assert "interrupted: this is what was measured until then" in out
+    results = json.loads(output.read_text())
+    assert results["interrupted"]
+    assert results["median_s"] > 0
+    assert results["nodes"] == []
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- results: roofline_x -->\n<!-- end of results -->\n")
+    assert icnet("report", "--readme", readme)[0] == 0
+    assert "Interrupted before its end." in readme.read_text()
+
+
+def test_a_roofline_that_is_interrupted_before_the_first_round(icnet, model_file, small_works, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(roofline, "interleaved", interrupted)
+    code, _, _ = icnet("roofline", model_file, "--size", 1, "--threads", 1, "--output", tmp_path / "x.json")
+    assert code == 130
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_bound_of_a_card(icnet, model_file, tmp_path):
     code, out, _ = icnet("roofline", model_file, "--card", "h100-sxm", "--size", 7, "--output", tmp_path / "x.json")
     assert code == 0
@@ -198,6 +232,7 @@ def test_the_bound_of_a_card(icnet, model_file, tmp_path):
     compute = results["flop"] / 67e12
     move = (results["weight_bytes"] + 7 * 224 * 224 * (3 + 1 + 4)) / 3350e9
     assert results["bound_s"] == pytest.approx(max(compute, move))
+    assert "h100-sxm, fp32" in "\n".join(RENDER["roofline"](results, "roofline_x"))
 
 
 def test_a_nodes_bound_is_its_products_or_its_bytes():
