@@ -93,6 +93,30 @@ def test_a_file_knows_its_network(exports, mnn_exports, tmp_path):
         Predictor(path, bank=bank_files(exports))
 
 
+@pytest.mark.parametrize(
+    ("kind", "width", "most", "bank"),
+    [
+        ("", None, 111, 1),  # 96 channels of 224×224 values; a file of others is taken for the paper's network
+        ("", "1", 111, 1),
+        ("", "0.5", 222, 1),
+        ("", "0.03125", 585, 1),  # 585² pairs of two maps of 28×28 values
+        (".packed", "0.03125", 585, 1),
+        (".intra", "0.03125", 668, 1),
+        (".banked", "0.03125", 32, 10699),
+    ],
+)
+def test_groups_whose_bytes_mnn_can_not_count_are_refused(exports, tmp_path, kind, width, most, bank):
+    """Maps were others at 113 images (width 1), 460 (0.25) and 620 (1/16); at 128 (1) and 590 (1/16) it crashed."""
+    path = tmp_path / "x.mnn"
+    notes = "" if width is None else json.dumps({"onnx_metadata": {"width": width}})
+    convert(path, onnx.load(exports.with_name(f"icnet{kind}.onnx")), path, notes, [])
+    backend = MnnBackend(path)
+    backend.check_group(most, bank)
+    with pytest.raises(ModelError, match=rf"x\.mnn: {most + 1} images.* are too many at once for MNN"):
+        backend.check_group(most + 1, bank)
+    backend.close()
+
+
 def test_two_at_once_with_several_threads_each(mnn_exports):
     """MNN's threads serve all sessions of a process."""
     with Predictor(mnn_exports, threads=1) as one, Predictor(mnn_exports, threads=3) as other:

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.onnx import Finished
-from runtime.contract import WEIGHTS, TensorSpec, check_contract
+from runtime.contract import SIZE, WEIGHTS, TensorSpec, check_contract
 from runtime.errors import DependencyError, ICNetError, ModelError, one_line
 from runtime.files import check_model_file
 from runtime.threads import cores
 
 OUT_OF_MEMORY = 1  # MNN's ErrorCode
+# MNN counts a tensor's bytes in 32 bits: beyond that it computes other maps without a word, or crashes. The largest
+# tensors are refine_1's joined features and Co4's correlation maps.
+MOST_BYTES = 2**31 - 1
+FEATURES, PADDED = 96, 16  # channels at width 1, at 224×224 pixels; to a multiple of which MNN may pad them
+PAIR_BYTES = 4 * 2 * 28 * 28  # of one image with one image of its group, or of the bank: two maps
 
 
 class MnnBackend:
@@ -66,12 +72,15 @@ class MnnBackend:
             raise ModelError(f"{self.path}: not a model that this MNN can run: {one_line(error)}") from error
         self.interface = check_contract(self.path, inputs, outputs)
         self.largest = self.interface.size
-        self.weights = _weights(self.path)
+        notes = _notes(self.path)
+        weights = notes.get(WEIGHTS)
+        self.weights = weights if isinstance(weights, str) else None
+        self._image_bytes = 4 * SIZE**2 * PADDED * ceil(FEATURES * _width(notes) / PADDED)
         self._planned: list[int] | None = None  # the inputs' lengths
         self._lock = threading.Lock()
 
     def check_group(self, images: int, bank: int = 1) -> None:
-        """Raise ModelError if the model was built for groups, or banks, of another size."""
+        """Raise ModelError if the model was built for groups, or banks, of another size, or MNN can't count so far."""
         rows = self.interface.inputs[-1].shape[0] if self.interface.kind == "banked" else None
         for what, size, found in (("groups", self.interface.size, images), ("banks", rows, bank)):
             if size not in (None, found):
@@ -79,6 +88,14 @@ class MnnBackend:
                     f"{self.path}: built for {what} of exactly {size} images, got {found}; "
                     "icnet build --backend mnn makes files for any number"
                 )
+        kind = self.interface.kind
+        pairs = {"intra": 0, "banked": images * bank}.get(kind, images**2)
+        if max(images * self._image_bytes, pairs * PAIR_BYTES) > MOST_BYTES:
+            beside = f" with a bank of {bank}" if kind == "banked" else ""
+            raise ModelError(
+                f"{self.path}: {images} images{beside} are too many at once for MNN, which has 2 GB per tensor; run "
+                "fewer at once (max_images; a large group takes the two files of a bank export), or run the ONNX file"
+            )
 
     def submit(self, *tensors: NDArray[Any], last: bool = False) -> Finished:
         """Run a call: a tensor for each of the interface's inputs.
@@ -133,8 +150,8 @@ def _view(tensor: Any) -> NDArray[Any]:
     return view
 
 
-def _weights(path: Path) -> str | None:
-    """The digest of the network's weights, if `bizCode` in the file holds the notes of `icnet build`.
+def _notes(path: Path) -> dict[str, Any]:
+    """The ONNX file's notes (see `export.to_onnx`), if `bizCode` in the file holds those of `icnet build`; else none.
 
     MNN's Python has no access to it but by loading the model a second time. The file is a FlatBuffer, whose root table
     has `bizCode` as its first field (MNN's schema, `Net`); MNN has verified it.
@@ -149,10 +166,18 @@ def _weights(path: Path) -> str | None:
             vtable = root - at("<i", root)
             field = root + at("<H", vtable + 4)
             text = field + at("<I", field)
-            weights = json.loads(data[text + 4 : text + 4 + at("<I", text)])["onnx_metadata"][WEIGHTS]
+            notes = json.loads(data[text + 4 : text + 4 + at("<I", text)])["onnx_metadata"]
         except (struct.error, ValueError, KeyError, TypeError):  # another's file
-            return None
-    return weights if isinstance(weights, str) else None
+            return {}
+    return notes if isinstance(notes, dict) else {}
+
+
+def _width(notes: dict[str, Any]) -> float:
+    """The network's width; the paper's where the notes don't tell."""
+    try:
+        return float(notes["width"])
+    except (KeyError, TypeError, ValueError):
+        return 1.0
 
 
 _silencing = threading.Lock()  # of two at once, the second would take the first one's silence for standard output
