@@ -47,6 +47,7 @@ from runtime.threads import cores
 
 SIZES = [1, 2, 5, 10, 20, 50, 100, 200, 300]
 PACKS = [1, 2, 4, 8]  # groups in one call
+PACK_ROUNDS = 9  # at least: packed and one by one differ by a few per cent
 STREAM_SIZES = (1, 2, 3, 5, 8)  # of the groups of --groups
 RECORDS = 20  # of the memory during --groups
 FEWEST = 3  # points of a line
@@ -186,7 +187,7 @@ def _packs(
             for call in calls.values():
                 warm_up(call)
             times: Times = {}
-            for _ in interleaved(calls, times, rounds):
+            for _ in interleaved(calls, times, max(rounds, PACK_ROUNDS)):
                 pass
             row: Results = {"groups": k, "images": k * size}
             row |= {f"{name}_s": float(np.median(took)) for name, took in times.items()}
