@@ -325,7 +325,7 @@ def alone(name: str, setting: Setting, n: int, calls: int = 1) -> dict[str, Any]
     except (ValueError, IndexError) as error:
         raise Died("its process failed") from error
     if "error" in found:
-        raise ModelError(found["error"])
+        raise ModelError(found["error"].removeprefix(f"{name}: "))  # the caller knows, and calls it by a shorter name
     return found if gpu_memory is None else found | {"peak_gpu_memory_bytes": gpu_memory}
 
 
