@@ -290,7 +290,7 @@ def test_a_race_that_is_interrupted_keeps_what_it_has(icnet, checkpoint, exporte
 
 
 def test_a_process_of_its_own_that_fails(tmp_path):
-    with pytest.raises(ModelError, match="^no such model file"):
+    with pytest.raises(ModelError, match=r"^no such model file"):
         alone(str(tmp_path / "absent.onnx"), Setting(tmp_path, 1, [1]), 1)
 
 
