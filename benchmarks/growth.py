@@ -125,7 +125,8 @@ def run(args: argparse.Namespace) -> int:
         if not any(found["sizes"] or "stream" in found for found in results["models"]):  # there is nothing to keep
             if results["interrupted"]:
                 raise KeyboardInterrupt
-            raise ModelError(next(why for found in results["models"] for why in found["not_run"].values()))
+            models = results["models"]
+            raise ModelError(next(f"{found['name']}: {why}" for found in models for why in found["not_run"].values()))
         for found in results["models"]:
             _fit(found)
         if temporary:
