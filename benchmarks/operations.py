@@ -64,9 +64,13 @@ def count(path: Path, n: int) -> list[Node]:
     Raises:
         ModelError: not an ONNX file, or one with a shape that does not follow from the group's size.
     """
-    graph, types, shapes = _shapes(path, n)
+    try:
+        model = onnx.load(path)
+    except Exception as error:  # protobuf's errors have no common base
+        raise ModelError(f"{path}: not an ONNX file") from error
+    types, shapes = types_and_shapes(model, n)
     nodes = []
-    for node in graph.node:
+    for node in model.graph.node:
         unknown = [name for name in (*node.input, *node.output) if name and name not in shapes]
         if unknown:
             raise ModelError(
@@ -122,17 +126,13 @@ def _module(node: NodeProto) -> str:
     return next((match[1] for match in found if match), "")
 
 
-def _shapes(path: Path, n: int) -> tuple[onnx.GraphProto, dict[str, int], dict[str, Shape]]:
-    """The graph, and the type and shape of every tensor that has one when all dynamic axes of the inputs are n.
+def types_and_shapes(model: onnx.ModelProto, n: int) -> tuple[dict[str, int], dict[str, Shape]]:
+    """The type and shape of every tensor that has one when all dynamic axes of the model's inputs are n.
 
     Shapes that a graph computes (Shape, Gather, Concat, … into Reshape) are computed here, and inferred from again.
     """
-    try:
-        model = onnx.load(path)
-    except Exception as error:  # protobuf's errors have no common base
-        raise ModelError(f"{path}: not an ONNX file") from error
-    original = onnx.GraphProto()
-    original.CopyFrom(model.graph)
+    original, model = model, onnx.ModelProto()
+    model.CopyFrom(original)
     graph = model.graph
     del graph.value_info[:]
     for dimension in (d for value in graph.input for d in value.type.tensor_type.shape.dim):
@@ -153,7 +153,7 @@ def _shapes(path: Path, n: int) -> tuple[onnx.GraphProto, dict[str, int], dict[s
                 shapes[value.name] = tuple(d.dim_value for d in tensor.shape.dim)
         computed = _computed(graph, shapes, constants)
         if not computed:
-            return original, types, shapes
+            return types, shapes
         nodes = [node for node in graph.node if node.output[0] not in computed]
         del graph.node[:]
         graph.node.extend(nodes)

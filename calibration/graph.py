@@ -15,8 +15,9 @@ The rest differs with the engine that a file is for:
   at, only where a single DQ reads a Q; so residual additions read their other side as it is.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from onnxruntime.quantization import QuantType
 from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
+from benchmarks.operations import types_and_shapes
 from calibration.ranges import Ranges
 from runtime.contract import TensorSpec, check_contract
 from runtime.errors import ModelError, one_line
@@ -75,7 +77,8 @@ class ExportedModel:
         if kind != "plain":
             raise ModelError(f"{path}: a {kind} export; calibrate a plain one (without --packed and --banked)")
         weights = {i.name: i for i in graph.initializer}
-        self.layers = _layers(self.model)
+        _, self._shapes = types_and_shapes(self.model, 1)
+        self.layers = _layers(self.model, self._shapes)
         missing = {*FLOAT_LAYERS, "refine_1.merge_conv.0"} - {layer.name for layer in self.layers}
         if missing or any(n.op_type == "Conv" and n.input[1] not in weights for n in graph.node):
             raise ModelError(
@@ -89,7 +92,6 @@ class ExportedModel:
         for node in graph.node:
             for name in node.input:
                 self._readers.setdefault(name, []).append(node)
-        self._shapes = _shapes_of_one_image(self.model)
         self.precision = PRECISIONS[weights[f"{PREFIX}{FLOAT_LAYERS[0]}{SUFFIX}"].data_type]
 
     @property
@@ -222,7 +224,7 @@ def int8_share(model: onnx.ModelProto) -> float:
     """The share of multiply-adds in convolutions whose inputs and weights both come from a DQ."""
     dequantised = {o for n in model.graph.node if n.op_type == "DequantizeLinear" for o in n.output}
     int8 = {n.name for n in model.graph.node if n.op_type == "Conv" and {*n.input[:2]} <= dequantised}
-    layers = _layers(model)
+    layers = _layers(model, types_and_shapes(model, 1)[1])
     return sum(layer.macs for layer in layers if layer.node in int8) / sum(layer.macs for layer in layers)
 
 
@@ -272,8 +274,8 @@ def _strip(model: onnx.ModelProto, original: onnx.ModelProto) -> None:
         node.ClearField("doc_string")
 
 
-def _layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
-    shapes = _shapes_of_one_image(model)
+def _layers(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> tuple[Layer, ...]:
+    """The convolutions, given the shapes of a group of one."""
     weights = {i.name: i.dims for i in model.graph.initializer}
     quantised = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
     layers = []
@@ -281,23 +283,8 @@ def _layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
         if node.op_type == "Conv":
             weight = quantised.get(node.input[1], node.input[1])
             name = weight.removesuffix("_quantized").removesuffix(SUFFIX).removeprefix(PREFIX)
-            batch, *outputs = shapes[node.output[0]]
-            # Shapes can't be followed through the sort, after which both polarities are one batch.
-            macs = (batch or 2) * int(np.prod(outputs)) * int(np.prod(weights[weight][1:]))
-            layers.append(Layer(name, node.name, macs))
+            layers.append(Layer(name, node.name, prod(shapes[node.output[0]]) * prod(weights[weight][1:])))
     return tuple(layers)
-
-
-def _shapes_of_one_image(model: onnx.ModelProto) -> dict[str, Sequence[int]]:
-    """The shape of every tensor in a group of one."""
-    single = onnx.ModelProto()
-    single.CopyFrom(model)
-    del single.graph.value_info[:]
-    for value in (*single.graph.input, *single.graph.output):
-        if value.type.tensor_type.shape.dim:
-            value.type.tensor_type.shape.dim[0].dim_value = 1
-    inferred = onnx.shape_inference.infer_shapes(single, data_prop=True)
-    return {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in inferred.graph.value_info}
 
 
 def _load(path: Path) -> onnx.ModelProto:

@@ -194,6 +194,7 @@ def test_operations_are_counted_per_image(calibrated):
     macs = {layer.name: layer.macs for layer in model.layers}
     assert macs["vgg.vgg.2"] == 4 * 4 * 9 * 224**2
     assert macs["Co4.cosal_feat.conv.1.conv.0"] == 2 * 8 * 8 * 9 * 28**2
+    assert macs["Co4.conv.0"] == 8 * 16 * 28**2  # joins the polarities
     assert macs["refine_1.cmprs"] == 4 * 2 * 224**2
 
 
