@@ -15,11 +15,9 @@ if __name__ == "__main__":  # run as a script: the same as `icnet evaluate`
 
 import argparse
 import datetime
-import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from itertools import combinations
 from typing import Any
 
@@ -30,10 +28,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks.dataset import BUILTIN, Dataset, evaluate, find_dataset
+from benchmarks.machine import versions
 from benchmarks.metrics import BETA2, Metrics
-from runtime import DependencyError, InputError, OutputError, Predictor, __version__
+from runtime import DependencyError, InputError, OutputError, Predictor
 from runtime.files import digest, replacing, same_file, write_json
 
+PACKAGES = ("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")  # scores hang on them
 SISMS = "SISMs"  # the baseline's name in the results
 COLUMNS = {"S ↑": "s", "max F ↑": "max_f", "max E ↑": "max_e", "MAE ↓": "mae"}
 PLOTS = {".png", ".pdf", ".svg"}
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         output, plot = (outputs.enter_context(replacing(p)) if p else None for p in (args.output, args.plot))
         results: Results = {
             "date": datetime.date.today().isoformat(),
-            "versions": versions(),
+            "versions": versions(PACKAGES),
             "beta2": BETA2,
             "datasets": [],
         }
@@ -137,17 +137,6 @@ def labels(models: Sequence[Path]) -> list[str]:
     names = [model.name or str(model) for model in models]
     unique = len({*names, SISMS}) == len(names) + 1
     return names if unique else [str(model) for model in models]
-
-
-def versions() -> dict[str, str]:
-    """The versions of what the scores hang on."""
-    found = {"python": platform.python_version(), "icnet-deploy": __version__}
-    for package in ("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def table(dataset: Results) -> Table:

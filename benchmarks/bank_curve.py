@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.accuracy import SISMS, versions
+from benchmarks.accuracy import PACKAGES, SISMS
+from benchmarks.machine import versions
 from benchmarks.metrics import Scores
 from runtime import Bank, InputError, Predictor
 from runtime.contact_sheet import contact_sheet
@@ -119,7 +120,7 @@ def measure(args: argparse.Namespace, maker: CutPaste, predictor: Predictor) -> 
                     scores[label].add(map_, mask)
     return {
         "date": datetime.date.today().isoformat(),
-        "versions": versions(),
+        "versions": versions(PACKAGES),
         "groups": args.groups,
         "new": args.new,
         "distractors": list(args.distractors),

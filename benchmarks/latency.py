@@ -176,7 +176,6 @@ class Race:
     seconds: float | None = None
     results: Results = field(init=False)
     _peaks: dict[str, dict[int, int]] = field(init=False, default_factory=dict)  # memory by contender and size
-    _died: set[tuple[str, int]] = field(init=False, default_factory=set)  # contenders and sizes
 
     def run(self, memory: Sequence[int] | None = None, files: Sequence[int] | None = None) -> Results:
         """Race, and print tables. Ctrl-C ends it early: the results then say so.
@@ -334,8 +333,8 @@ class Race:
                 for label, found in maps.items():
                     agreements[label].add(np.abs(found - expected))
 
-    def _alone(self, label: str, setting: Setting, n: int, step: Callable[..., None]) -> Results:
-        """Memory and first map of a process that runs one contender alone."""
+    def _alone(self, label: str, setting: Setting, n: int, step: Callable[..., None]) -> Results | None:
+        """Memory and first map of a process that runs one contender alone; None if it died, nothing if it failed."""
         step(f"memory, group of {n}, {label}")
         paths = {k: path.absolute() for k, path in self._files().items()}
         paths |= {f"{k}, TensorRT": engine_of(setting.folder, str(path)) for k, path in paths.items() if self.card}
@@ -343,9 +342,7 @@ class Race:
             found = alone(str(paths.get(label, label)), setting, n)
         except ICNetError as error:
             self.results["not_run"][f"{label}, alone, group of {n}"] = str(error)
-            if isinstance(error, Died):
-                self._died.add((label, n))
-            return {}
+            return None if isinstance(error, Died) else {}
         finally:
             step()
         del found["times_s"]
@@ -367,7 +364,7 @@ class Race:
         agreements: dict[str, Agreement],
         reference: Runner | None,
         flop: int | None,
-        found: dict[str, Results],
+        found: dict[str, Results | None],
         step: Callable[..., None],
     ) -> None:
         """The race for one size; what was `found` of it before goes into the rows."""
@@ -384,7 +381,7 @@ class Race:
                 failed.add(label)
                 self.results["not_run"][f"{label}, group of {n}"] = reason(error)
 
-        failed = {label for label in runners if (label, n) in self._died}
+        failed = {label for label, row in found.items() if row is None}
         most = 0.0  # that any of those before takes again in every round
         for label in runners:
             if label in failed:
@@ -429,7 +426,7 @@ class Race:
                         other["agrees"] = agreements[label].add(difference)
                         if reference:
                             other["mean_difference_from_cpu"] = float(difference.mean())
-                    self.results["groups"][-1]["contenders"][label] = row | other | found.get(label, {})
+                    self.results["groups"][-1]["contenders"][label] = row | other | (found.get(label) or {})
 
 
 def _flop(graph: Path | None, n: int) -> int | None:

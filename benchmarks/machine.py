@@ -3,10 +3,9 @@
 import datetime
 import os
 import platform
-import resource
 import sys
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -37,10 +36,14 @@ def machine(threads: int) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": threads,
         "date": datetime.date.today().isoformat(),
-        "python": platform.python_version(),
-        "icnet-deploy": __version__,
     }
-    for package in PACKAGES:
+    return found | versions(PACKAGES)
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of Python, of this project, and of those packages that are installed."""
+    found = {"python": platform.python_version(), "icnet-deploy": __version__}
+    for package in packages:
         try:
             found[package.lower()] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -146,6 +149,8 @@ def peak_memory() -> int:
     """The most memory that this process had resident so far, in bytes."""
     if Path("/proc/self/status").exists():  # Linux: getrusage there starts from what the parent process had
         return memory("VmHWM")
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.accuracy import SISMS, labels, versions
+from benchmarks.accuracy import PACKAGES, SISMS, labels
+from benchmarks.machine import versions
 from benchmarks.metrics import Metrics, Scores
 from runtime import InputError, Predictor
 from runtime.files import digest, replacing, write_json
@@ -99,7 +100,7 @@ def measure(args: argparse.Namespace) -> Results:
                         scores[label][k].add(map_, mask)
     return {
         "date": datetime.date.today().isoformat(),
-        "versions": versions(),
+        "versions": versions(PACKAGES),
         "groups": args.groups,
         "images": args.images,
         "distractors": list(args.distractors),

@@ -81,14 +81,14 @@ class MnnBackend:
 
     def check_group(self, images: int, bank: int = 1) -> None:
         """Raise ModelError if the model was built for groups, or banks, of another size, or MNN can't count so far."""
-        rows = self.interface.inputs[-1].shape[0] if self.interface.kind == "banked" else None
+        kind = self.interface.kind
+        rows = self.interface.inputs[-1].shape[0] if kind == "banked" else None
         for what, size, found in (("groups", self.interface.size, images), ("banks", rows, bank)):
             if size not in (None, found):
                 raise ModelError(
                     f"{self.path}: built for {what} of exactly {size} images, got {found}; "
                     "icnet build --backend mnn makes files for any number"
                 )
-        kind = self.interface.kind
         pairs = {"intra": 0, "banked": images * bank}.get(kind, images**2)
         if max(images * self._image_bytes, pairs * PAIR_BYTES) > MOST_BYTES:
             beside = f" with a bank of {bank}" if kind == "banked" else ""
