@@ -23,7 +23,7 @@ lint: .venv/test  ## style, types, and the direction of imports
 bench: .venv/bench  ## latency and memory, side by side
 	$(BIN)/icnet bench --output build/latency.json
 
-gpu-check: .venv/gpu  ## on a machine with a GPU: the tests that need one, and the race (CHECKPOINT=FILE to give one)
+gpu-check: .venv/gpu  ## on a machine with a GPU: the tests that need one, and the comparison (CHECKPOINT=FILE to give one)
 	$(BIN)/pytest -m gpu
 	$(BIN)/icnet bench --device cuda $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)')
 

@@ -12,22 +12,22 @@ from runtime.errors import DependencyError, ICNetError
 # Each module has `add_arguments(parser)` and `run(args) -> exit code`. Only the one asked for is imported, so that
 # `icnet predict` needs no torch. The extra is what to install when a module's imports fail.
 COMMANDS = {
-    "predict": ("runtime.predict", "cpu", "co-saliency maps and contact sheets for folders of images"),
-    "bank": ("runtime.make_bank", "cpu", "a bank of a group's images, to compare others with"),
+    "predict": ("runtime.commands.predict", "cpu", "co-saliency maps and contact sheets for folders of images"),
+    "bank": ("runtime.commands.bank", "cpu", "a bank of a group's images, to compare others with"),
     "export": ("export.to_onnx", "cpu,export", "a checkpoint to ONNX, proved to compute what the paper's network does"),
-    "calibrate": ("calibration.calibrate", "cpu,calibrate", "an exported model to INT8, within a budget of accuracy"),
+    "calibrate": ("calibration.calibrate", "cpu,calibrate", "an exported model to INT8, within a max_drop of accuracy"),
     "build": ("export.build_engine", "tensorrt", "an exported model to a TensorRT engine, or to a file for MNN"),
-    "evaluate": ("benchmarks.accuracy", "cpu,evaluate", "scores of models and ready maps on data sets"),
-    "robustness": ("benchmarks.robustness", "cpu,train", "scores against the share of SISMs that are wrong"),
-    "bank-curve": ("benchmarks.bank_curve", "cpu,train", "scores of images against banks of growing size"),
+    "evaluate": ("evaluation.accuracy", "cpu,evaluate", "scores of models and ready maps on data sets"),
+    "robustness": ("evaluation.corrupted_sisms", "cpu,train", "scores against the share of SISMs that are wrong"),
+    "bank-curve": ("evaluation.bank_sizes", "cpu,train", "scores of images against banks of growing size"),
     "cutouts": ("training.cutouts", "train", "cut-outs sorted by class, from open emoji sets"),
     "paste": ("training.paste", "train", "groups with ground truths, made by cut and paste"),
     "pretrain": ("training.pretrain", "cpu,export,train", "a VGG16 of any width that knows the classes of cut-outs"),
     "train": ("training.train", "cpu,export,train", "the paper's training, on a data set or on cut-and-paste groups"),
     "bench": ("benchmarks.latency", "cpu,export", "latency and memory on this machine, beside the alternatives"),
     "throughput": ("benchmarks.throughput", "cpu", "groups per second from many threads, queue time and idle share"),
-    "growth": (
-        "benchmarks.growth",
+    "scaling": (
+        "benchmarks.scaling",
         "cpu",
         "time and memory against the group's size, in chunks, and against packed groups",
     ),

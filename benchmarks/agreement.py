@@ -1,15 +1,17 @@
-"""The networks of a race as files, and whether the contenders that run them agree.
+"""The networks of a comparison as files, and whether the runners that run them agree.
 
 The bound is that of `export.proof` for FP32, on the mean of |Δ|: four times the noise floor, which is measured on the
-race's own network, one floor per precision. Like there, and for the same reason, differences are pooled over groups:
-before the race all contenders compute the groups that the floor is measured on. For FP16 it is four times its floor
-too, not three as for a file of ours: other ways to compute in FP16 (PyTorch's autocast) round in other places. That
-does not excuse everything: on a trained network autocast, which correlates in FP16, was a hundred floors away.
+comparison's own network, one floor per precision. Like there, and for the same reason, differences are pooled over
+groups: before the comparison all runners compute the groups that the floor is measured on. For FP16 it is four times
+its floor too, not three as for a file of ours: other ways to compute in FP16 (PyTorch's autocast) round in other
+places. That does not excuse everything: on a trained network autocast, which correlates in FP16, was a hundred floors
+away.
 
-The floor of INT8 is the oracle whose convolutions read what they read, and have their weights, in 8 bits (but for those
-that `icnet calibrate` leaves in floating point), against the plain oracle. Calibrated files were 0.8 to 1.4 of these
-floors away (three networks, one of them trained, minmax and entropy), networks of other weights 14 to 230. That of
-MNN's files, which are FP32 but round as Winograd's convolutions do, is the oracle with as much noise (`to_mnn.py`).
+The floor of INT8 is the reference whose convolutions read what they read, and have their weights, in 8 bits (but for
+those that `icnet calibrate` leaves in floating point), against the plain reference. Calibrated files were 0.8 to 1.4 of
+these floors away (three networks, one of them trained, minmax and entropy), networks of other weights 14 to 230. That
+of MNN's files, which are FP32 but round as Winograd's convolutions do, is the reference with as much noise
+(`to_mnn.py`).
 """
 
 import json
@@ -23,11 +25,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from benchmarks.contenders import CHECKPOINT, HALF_NETWORK, HALF_ONNX, ORACLE_ONNX, OURS_ONNX, PACKED_ONNX, inputs
+from benchmarks.runners import CHECKPOINT, HALF_NETWORK, HALF_ONNX, OURS_ONNX, PACKED_ONNX, REFERENCE_ONNX, inputs
 from export.checkpoint import load_checkpoint, save_checkpoint
 from export.fp16 import fold_batch_norms, half_precision
 from export.icnet import ICNet, Uint8Interface
-from export.proof import NEGLIGIBLE_MEAN, oracles
+from export.proof import NEGLIGIBLE_MEAN, references
 from export.reference import ReferenceICNet
 from export.to_mnn import WINOGRAD
 from export.to_onnx import write_onnx
@@ -41,7 +43,7 @@ LEVELS = 127  # of INT8, on one side of 0
 
 
 def prepare(folder: Path, checkpoint: Path | None, half: bool = False) -> ICNet:
-    """Write the files that the contenders read: a checkpoint, the paper's network and ours as ONNX, and ours in FP16.
+    """Write the files that the runners read: a checkpoint, the paper's network and ours as ONNX, and ours in FP16.
 
     Args:
         folder: where to.
@@ -58,7 +60,7 @@ def prepare(folder: Path, checkpoint: Path | None, half: bool = False) -> ICNet:
     network = ICNet().eval() if checkpoint is None else load_checkpoint(checkpoint)
     save_checkpoint(folder / CHECKPOINT, network)
     write_onnx(network, folder / OURS_ONNX)
-    write_onnx(ReferenceICNet.of(network), folder / ORACLE_ONNX)
+    write_onnx(ReferenceICNet.of(network), folder / REFERENCE_ONNX)
     if half:
         typed = half_precision(network)
         write_onnx(typed, folder / HALF_ONNX)
@@ -86,7 +88,7 @@ def precision_of(path: Path) -> str:
 
 
 def judged(largest: int) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
-    """The groups, of at most so many images, that the floor is measured and all contenders are judged on."""
+    """The groups, of at most so many images, that the floor is measured and all runners are judged on."""
     return [inputs(min(n, largest), seed) for seed, n in enumerate(GROUPS, 1)]
 
 
@@ -94,17 +96,17 @@ def bounds(
     network: ICNet, precisions: Iterable[str], groups: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]]
 ) -> dict[str, float]:
     """How large the mean of |Δ| over these groups may be by rounding alone, by precision: see above."""
-    oracle = Uint8Interface(ReferenceICNet.of(network))
+    reference = Uint8Interface(ReferenceICNet.of(network))
     changes = {"int8": _in_int8, "winograd": _by_winograd}
     others = {
-        p: Uint8Interface(changes[p](ReferenceICNet.of(network))) if p in changes else oracles(network, p)[1]
+        p: Uint8Interface(changes[p](ReferenceICNet.of(network))) if p in changes else references(network, p)[1]
         for p in precisions
     }
     differences: dict[str, list[Tensor]] = {p: [] for p in others}
     for group in groups:
         tensors = [torch.from_numpy(array) for array in group]
         with torch.inference_mode():
-            maps = oracle(*tensors)
+            maps = reference(*tensors)
             for p, other in others.items():
                 differences[p].append((maps - other(*tensors)).abs().double().flatten())
     return {p: max(FLOORS * float(torch.cat(d).mean()), NEGLIGIBLE_MEAN) for p, d in differences.items()}
@@ -141,7 +143,7 @@ def _by_winograd(network: ICNet) -> ICNet:
 
 @dataclass
 class Agreement:
-    """How far one contender's maps are from the reference, over all groups so far; and how far they may be."""
+    """How far one runner's maps are from the reference, over all groups so far; and how far they may be."""
 
     bound: float | None
     total: float = 0.0

@@ -13,8 +13,8 @@ from PIL import Image
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.contenders import picture
 from benchmarks.machine import name_of
+from benchmarks.runners import picture
 from benchmarks.timing import Times, interleaved, percentiles, warm_up
 from runtime import Predictor
 from runtime.preprocess import BILINEAR, read_image, restore_map, save_map, sism_tensor
@@ -104,11 +104,11 @@ def table(results: dict[str, Any]) -> Table:
         caption="stages: one after the other; not the network: what is left of the whole way",
     )
     grid.add_column("N", justify="right")
-    grid.add_column("contender")
+    grid.add_column("runner")
     for heading in ("whole", *STAGES, "not the network"):
         grid.add_column(heading, justify="right", no_wrap=True)
     for row in results["end_to_end"]:
         times = (f"{took * 1e3:.0f} ms" for took in (row["median_s"], *(row["stages_s"][k] for k in STAGES)))
         rest = f"{100 * max(0.0, 1 - row['network_share']):.1f} %"
-        grid.add_row(str(row["n"]), escape(row["contender"]), *times, rest)
+        grid.add_row(str(row["n"]), escape(row["runner"]), *times, rest)
     return grid

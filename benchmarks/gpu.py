@@ -1,4 +1,4 @@
-"""The GPU of a race: what it is, and how much of its memory a process takes. Torch is imported when it is needed."""
+"""The GPU of a comparison: what it is, and how much of its memory a process takes. Torch is imported when needed."""
 
 import re
 import shutil

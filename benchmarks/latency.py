@@ -3,13 +3,14 @@
 Contenders are what is installed here, and the model files that are given. All run interleaved in one process, in a new
 random order every round, on the same inputs, once they are warm. Absolute times hold for the machine and the moment;
 the ratio is the result, with its 95 % bootstrap interval. Among them runs a large matrix product (FP32 on a CPU, FP16
-on a GPU), for the share of the machine's best rate. Memory is the peak of a process that runs one contender alone, and
+on a GPU), for the share of the machine's best rate. Memory is the peak of a process that runs one runner alone, and
 the first map is counted from the start of that process. Who would not fit into the free memory, by these peaks, beside
 those that are loaded is left out of a group, and so is whose own process died at it.
 
-Nobody wins by being wrong: maps are compared with those of the first contender (on a GPU, with those of ONNX Runtime on
+Nobody wins by being wrong: maps are compared with those of the first runner (on a GPU, with those of ONNX Runtime on
 the CPU), by a bound on the mean of |Δ| that is the precision's own (see `agreement.py`), pooled over groups that all
-compute before the race and those of the race. Who can't run, or fails on the way, is listed with the reason.
+compute before the comparison and those of the comparison. Who can't run, or fails on the way, is listed with the
+reason.
 
 Last come whole groups, from JPEG files to PNG maps: see `end_to_end.py`.
 """
@@ -41,15 +42,16 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import end_to_end, gpu
-from benchmarks.accuracy import labels
 from benchmarks.agreement import Agreement, bounds, judged, precision_of, prepare
-from benchmarks.contenders import (
-    CONTENDERS,
-    GPU_CONTENDERS,
+from benchmarks.gpu import Gpu
+from benchmarks.machine import available_memory, machine, matrix_product, name_of, wide_console
+from benchmarks.runners import (
+    GPU_RUNNERS,
     HALF_ONNX,
     OURS_ONNX,
-    Contender,
+    RUNNERS,
     Died,
+    Run,
     Runner,
     Setting,
     alone,
@@ -60,11 +62,10 @@ from benchmarks.contenders import (
     load,
     reason,
 )
-from benchmarks.gpu import Gpu
-from benchmarks.machine import available_memory, machine, matrix_product, name_of, wide_console
-from benchmarks.operations import total_flop
 from benchmarks.timing import Times, interleaved, interval, line, percentiles, ratio, warm_up
+from evaluation.record import labels
 from export.icnet import ICNet
+from export.operations import total_flop
 from runtime import ICNetError, InputError, ModelError, OutputError, Predictor
 from runtime.files import digest, replacing, same_file, write_json
 from runtime.predictor import MAX_THREADS
@@ -75,7 +76,7 @@ Maps = NDArray[np.float32]
 
 SIZES = {"cpu": [1, 2, 5, 10, 20], "cuda": [1, 5, 16, 64]}
 ROUNDS = {"cpu": 7, "cuda": 30}
-FEWEST_WARM_UPS = {"cpu": 2, "cuda": 6}  # a slot captures its CUDA graph when a size comes a second time, of two slots
+MIN_WARM_UPS = {"cpu": 2, "cuda": 6}  # a slot captures its CUDA graph when a size comes a second time, of two slots
 PRODUCT = "matrix product"
 # Whose way from files to files is measured, and which file each of them runs.
 WAY = {"ours, ONNX Runtime": OURS_ONNX, "ours, TensorRT FP16": Path(HALF_ONNX).with_suffix(".engine").name}
@@ -89,14 +90,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="*",
         metavar="MODEL",
-        help="model files to race against each other; with --checkpoint also against all that is installed here "
-        "(which is what races if none is given), and then their maps are judged",
+        help="model files to compare; with --checkpoint also against all that is installed here "
+        "(which is what is compared if none is given), and then their maps are judged",
     )
-    add("--device", choices=SIZES, default="cpu", help="where to race (default cpu)")
+    add("--device", choices=SIZES, default="cpu", help="where to run (default cpu)")
     add("--checkpoint", type=Path, help="default: random weights of width 1 (the time is the same)")
-    add("--only", nargs="+", metavar="TEXT", help="only contenders whose name holds one of these, e.g. ours OpenVINO")
+    add("--only", nargs="+", metavar="TEXT", help="only runners whose name holds one of these, e.g. ours OpenVINO")
     add("--sizes", type=int, nargs="+", help="group sizes (default 1 2 5 10 20; on a GPU 1 5 16 64)")
-    add("--rounds", type=int, help="timed calls per contender and size (default 7; on a GPU 30)")
+    add("--rounds", type=int, help="timed calls per runner and size (default 7; on a GPU 30)")
     add("--seconds", type=float, help="per size; once they have passed and there are 3 rounds, no further one begins")
     add("--threads", type=int, default=cores(), help="CPU threads (default: all)")
     add(
@@ -104,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="SIZE",
-        help="sizes whose memory is measured, in a process per contender (default: all; 0: none)",
+        help="sizes whose memory is measured, in a process per runner (default: all; 0: none)",
     )
     add(
         "--files",
@@ -117,16 +118,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Race the contenders, print tables and write the results; an interrupted race leaves what it has measured.
+    """Compare the runners, print tables and write the results; an interrupted comparison leaves what it has measured.
 
     Returns:
         0, or 130 if it was interrupted.
 
     Raises:
         InputError: an option out of range, or a model file that is not there.
-        DependencyError: there is no GPU to race on.
+        DependencyError: there is no GPU to run on.
         CheckpointError: the checkpoint can't be loaded.
-        ModelError: the contender that all others are compared with does not run.
+        ModelError: the runner that all others are compared with does not run.
         OutputError: the results can't be written.
     """
     sizes, rounds = args.sizes or SIZES[args.device], ROUNDS[args.device] if args.rounds is None else args.rounds
@@ -139,9 +140,9 @@ def run(args: argparse.Namespace) -> int:
     output = args.output or (Path(f"benchmarks/results/gpu_{card.slug}.json") if card else None)
     if output and any(same_file(file, output) for file in filter(None, (args.checkpoint, *args.models))):
         raise OutputError(f"{output}: is one of the models; choose another --output")
-    race = Race(args.models, args.checkpoint, sizes, rounds, args.threads, card, args.only, args.seconds)
+    comparison = Comparison(args.models, args.checkpoint, sizes, rounds, args.threads, card, args.only, args.seconds)
     with replacing(output) if output else nullcontext() as temporary:
-        results = race.run(args.memory, args.files)
+        results = comparison.run(args.memory, args.files)
         if results["interrupted"] and not results["groups"]:
             raise KeyboardInterrupt  # there is nothing to keep
         if temporary:
@@ -152,17 +153,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 @dataclass
-class Race:
-    """A race, on the CPU or on `card`.
+class Comparison:
+    """A comparison, on the CPU or on `card`.
 
     Attributes:
-        models: model files that race. If there are some, other contenders race only if there is a checkpoint too.
-        checkpoint: whose network races; None for random weights of width 1.
+        models: model files to compare. If there are some, other runners take part only if there is a checkpoint too.
+        checkpoint: whose network is compared; None for random weights of width 1.
         sizes: the group sizes.
-        rounds: timed calls per contender and size.
+        rounds: timed calls per runner and size.
         threads: CPU threads.
         card: the GPU; None for the CPU.
-        only: texts of which a contender's name must hold one; None for all.
+        only: texts of which a runner's name must hold one; None for all.
         seconds: after which no further round of a size begins, once there are three.
     """
 
@@ -175,10 +176,10 @@ class Race:
     only: Sequence[str] | None = None
     seconds: float | None = None
     results: Results = field(init=False)
-    _peaks: dict[str, dict[int, int]] = field(init=False, default_factory=dict)  # memory by contender and size
+    _peaks: dict[str, dict[int, int]] = field(init=False, default_factory=dict)  # memory by runner and size
 
     def run(self, memory: Sequence[int] | None = None, files: Sequence[int] | None = None) -> Results:
-        """Race, and print tables. Ctrl-C ends it early: the results then say so.
+        """Compare, and print tables. Ctrl-C ends it early: the results then say so.
 
         Args:
             memory: the sizes whose memory is measured; None for all.
@@ -190,10 +191,10 @@ class Race:
         console = wide_console()
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         memory, files = ([n for n in self.sizes if chosen is None or n in chosen] for chosen in (memory, files))
-        contenders = self._contenders()
+        runners = self._runners()
         self.results = {
             "machine": machine(self.threads) | (gpu.description(self.card) if self.card else {}),
-            "first": next(iter(contenders)),
+            "first": next(iter(runners)),
             "models": {k: {"sha256": digest(p), "bytes": p.stat().st_size} for k, p in self._files().items()},
             "interrupted": False,
             "not_run": {},
@@ -201,7 +202,7 @@ class Race:
             "groups": [],
             "end_to_end": [],
         }
-        steps = len(contenders) * (1 + len(memory)) + len(self.sizes) * self.rounds
+        steps = len(runners) * (1 + len(memory)) + len(self.sizes) * self.rounds
         with (
             tempfile.TemporaryDirectory() as name,
             Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
@@ -212,7 +213,7 @@ class Race:
                 progress.update(bar, advance=0 if text else 1, description=text and escape(text))
 
             try:
-                self._run(Path(name), contenders, memory, files, step)
+                self._run(Path(name), runners, memory, files, step)
             except KeyboardInterrupt:
                 self.results["interrupted"] = True
         self.print(console)
@@ -228,7 +229,7 @@ class Race:
         plain = partial(console.print, markup=False, highlight=False, soft_wrap=True)
         for label, why in results["not_run"].items():
             plain(f"not run: {label}: {why}")
-        rows = [item for group in results["groups"] for item in group["contenders"].items()]
+        rows = [item for group in results["groups"] for item in group["runners"].items()]
         for label in dict.fromkeys(label for label, row in rows if row["agrees"] is False):
             plain(f"disagrees: {label}: its maps differ from the reference by more than rounding explains")
         if len({label for label, _ in rows}) > 1 and all(row["agrees"] is None for _, row in rows):
@@ -239,8 +240,8 @@ class Race:
     def _files(self) -> dict[str, Path]:
         return dict(zip(labels(self.models), self.models, strict=True))
 
-    def _contenders(self) -> dict[str, Contender]:
-        found = {} if self.models and not self.checkpoint else dict(GPU_CONTENDERS if self.card else CONTENDERS)
+    def _runners(self) -> dict[str, Runner]:
+        found = {} if self.models and not self.checkpoint else dict(GPU_RUNNERS if self.card else RUNNERS)
         for label, path in self._files().items():
             precision = precision_of(path)
             found[label] = given(path, precision)
@@ -249,13 +250,13 @@ class Race:
         if self.only:
             found = {k: v for k, v in found.items() if any(text.lower() in k.lower() for text in self.only)}
         if not found:
-            raise InputError(f"--only {' '.join(self.only or ())}: no contender's name holds any of these")
+            raise InputError(f"--only {' '.join(self.only or ())}: no runner's name holds any of these")
         return found
 
     def _run(
         self,
         folder: Path,
-        contenders: dict[str, Contender],
+        runners: dict[str, Runner],
         memory: Sequence[int],
         files: Sequence[int],
         step: Callable[..., None],
@@ -265,68 +266,68 @@ class Race:
         own = not self.models or self.checkpoint is not None
         network = prepare(folder, self.checkpoint, half=self.card is not None) if own else None
         with ExitStack() as stack:
-            runners: dict[str, Runner] = {}
-            for label, contender in contenders.items():
+            started: dict[str, Run] = {}
+            for label, runner in runners.items():
                 step(f"starting {label}")
                 try:
-                    runners[label] = stack.enter_context(contender.start(setting))
+                    started[label] = stack.enter_context(runner.start(setting))
                 except Exception as error:  # there is no end of what can be missing
                     results["not_run"][label] = reason(error)
                 step()
-            if (first := results["first"]) not in runners:
+            if (first := results["first"]) not in started:
                 why = results["not_run"][first]
                 raise ModelError(f"{first} does not run, and all others are compared with it: {why}")
             reference = None
             if network and self.card:
                 reference = stack.enter_context(Predictor(folder / OURS_ONNX, threads=self.threads)).predict_tensors
-            agreements = {label: Agreement(None) for label in runners}
-            if network and (len(runners) > 1 or self.card):
-                self._judge(network, runners, contenders, agreements, reference, step)
+            agreements = {label: Agreement(None) for label in started}
+            if network and (len(started) > 1 or self.card):
+                self._judge(network, started, runners, agreements, reference, step)
             graph = folder / OURS_ONNX if network else next((p for p in self.models if p.suffix == ".onnx"), None)
             for n in self.sizes:
-                found = {k: self._alone(k, setting, n, step) for k in runners} if n in memory else {}
-                self._race_group(n, runners, agreements, reference, _flop(graph, n), found, step)
+                found = {k: self._alone(k, setting, n, step) for k in started} if n in memory else {}
+                self._compare_group(n, started, agreements, reference, _flop(graph, n), found, step)
                 torch.cuda.empty_cache()  # the next size's memory is anybody's
-            runners.clear()
+            started.clear()
         torch.cuda.empty_cache()
         ways = {k: folder / name for k, name in WAY.items() if (folder / name).exists()} | paths
-        ways = {k: path for k, path in ways.items() if k in contenders and k not in results["not_run"]}
+        ways = {k: path for k, path in ways.items() if k in runners and k not in results["not_run"]}
         for label, path in ways.items() if files else ():
             try:
                 with load(path, setting) as predictor:
                     for n in files:
                         step(f"files, {label}, group of {n}")
                         row = end_to_end.measure(predictor, n, self.rounds, self.threads, self.seconds)
-                        results["end_to_end"].append({"contender": label, **row})
+                        results["end_to_end"].append({"runner": label, **row})
             except ICNetError as error:
                 results["not_run"][f"{label}, files"] = str(error)
 
     def _judge(
         self,
         network: ICNet,
+        started: dict[str, Run],
         runners: dict[str, Runner],
-        contenders: dict[str, Contender],
         agreements: dict[str, Agreement],
-        reference: Runner | None,
+        reference: Run | None,
         step: Callable[..., None],
     ) -> None:
-        """Give every contender its bound, and compare its maps of the groups that the noise floor is measured on."""
+        """Give every runner its bound, and compare its maps of the groups that the noise floor is measured on."""
         step("measuring the noise floor")
-        precisions = {label: contenders[label].precision for label in runners}
+        precisions = {label: runners[label].precision for label in started}
         if self.card:  # libraries may compute FP32 as TF32, which keeps as many bits as FP16 does
             precisions = {label: "fp16" if p == "fp32" else p for label, p in precisions.items()}
         groups = judged(max(self.sizes))
         self.results["bounds"] = bounds(network, sorted({*precisions.values()}), groups)
-        for label in runners:
+        for label in started:
             agreements[label].bound = self.results["bounds"][precisions[label]]
         for group in groups:
             n = len(group[0])
             step(f"comparing, group of {n}")
             maps: dict[str, Maps] = {}
-            for label, runner in runners.items():
+            for label, run in started.items():
                 try:
-                    maps[label] = runner(*group)
-                except Exception as error:  # a file that takes other sizes only: the race's own must do
+                    maps[label] = run(*group)
+                except Exception as error:  # a file that takes other sizes only: the comparison's own must do
                     self.results["not_run"][f"{label}, group of {n}, to compare"] = reason(error)
             expected = reference(*group) if reference else maps.get(self.results["first"])
             if expected is not None:
@@ -334,7 +335,7 @@ class Race:
                     agreements[label].add(np.abs(found - expected))
 
     def _alone(self, label: str, setting: Setting, n: int, step: Callable[..., None]) -> Results | None:
-        """Memory and first map of a process that runs one contender alone; None if it died, nothing if it failed."""
+        """Memory and first map of a process that runs one runner alone; None if it died, nothing if it failed."""
         step(f"memory, group of {n}, {label}")
         paths = {k: path.absolute() for k, path in self._files().items()}
         paths |= {f"{k}, TensorRT": engine_of(setting.folder, str(path)) for k, path in paths.items() if self.card}
@@ -350,24 +351,24 @@ class Race:
         return found
 
     def _need(self, label: str, n: int) -> float:
-        """Bytes that a contender takes at most for a group of n, as far as other sizes tell; 0 if they don't."""
+        """Bytes that a runner takes at most for a group of n, as far as other sizes tell; 0 if they don't."""
         peaks = self._peaks.get(label, {})
         if n in peaks or len(peaks) < 2:
             return peaks.get(n, 0)
         offset, slope = line([*peaks], [*peaks.values()])
         return offset + slope * n
 
-    def _race_group(
+    def _compare_group(
         self,
         n: int,
-        runners: dict[str, Runner],
+        started: dict[str, Run],
         agreements: dict[str, Agreement],
-        reference: Runner | None,
+        reference: Run | None,
         flop: int | None,
         found: dict[str, Results | None],
         step: Callable[..., None],
     ) -> None:
-        """The race for one size; what was `found` of it before goes into the rows."""
+        """The comparison for one size; what was `found` of it before goes into the rows."""
         kind = "cuda" if self.card else "cpu"
         tensors, first = inputs(n), self.results["first"]
         maps: dict[str, Maps] = {}
@@ -376,14 +377,14 @@ class Race:
             if label in failed:
                 return
             try:
-                maps[label] = runners[label](*tensors)
+                maps[label] = started[label](*tensors)
             except Exception as error:  # out of memory, above all
                 failed.add(label)
                 self.results["not_run"][f"{label}, group of {n}"] = reason(error)
 
         failed = {label for label, row in found.items() if row is None}
         most = 0.0  # that any of those before takes again in every round
-        for label in runners:
+        for label in started:
             if label in failed:
                 continue
             free, need = available_memory(), self._need(label, n)
@@ -394,14 +395,14 @@ class Race:
                 continue
             most = max(most, need)
             step(f"group of {n}, warming up {label}")
-            warm_up(partial(call, label), FEWEST_WARM_UPS[kind])
+            warm_up(partial(call, label), MIN_WARM_UPS[kind])
             if label not in failed and not np.isfinite(maps[label]).all():
                 failed.add(label)
                 self.results["not_run"][f"{label}, group of {n}"] = "its maps hold NaN or infinite values"
         step(f"group of {n}")
         work = matrix_product(self.card.device if self.card else "cpu", self.threads)
         work.run()
-        calls: dict[str, Callable[[], object]] = {k: partial(call, k) for k in runners if k not in failed}
+        calls: dict[str, Callable[[], object]] = {k: partial(call, k) for k in started if k not in failed}
         times: Times = {}
         try:
             for _ in interleaved(calls | {PRODUCT: work.run}, times, self.rounds, self.seconds):
@@ -411,7 +412,7 @@ class Race:
                 ran = {k: times[k] for k in calls if k not in failed}
                 rate = work.amount / float(np.median(times[PRODUCT]))
                 group: Results = {"n": n, "rounds": len(times[PRODUCT]), "matrix_product_flop_per_s": rate}
-                self.results["groups"].append(group | {"flop": flop, "contenders": {}})
+                self.results["groups"].append(group | {"flop": flop, "runners": {}})
                 expected = reference(*tensors) if reference else maps.get(first)
                 for label, seconds in ran.items():
                     row = percentiles(seconds)
@@ -426,7 +427,7 @@ class Race:
                         other["agrees"] = agreements[label].add(difference)
                         if reference:
                             other["mean_difference_from_cpu"] = float(difference.mean())
-                    self.results["groups"][-1]["contenders"][label] = row | other | (found.get(label) or {})
+                    self.results["groups"][-1]["runners"][label] = row | other | (found.get(label) or {})
 
 
 def _flop(graph: Path | None, n: int) -> int | None:
@@ -458,7 +459,7 @@ GPU_COLUMNS = COLUMNS | {
 
 
 def table(results: Results) -> Table:
-    """The race, for a terminal."""
+    """The comparison, for a terminal."""
     columns = GPU_COLUMNS if "gpu" in results["machine"] else COLUMNS
     grid = Table(
         title=escape(f"{name_of(results['machine'])}; times of a whole group"),
@@ -470,12 +471,12 @@ def table(results: Results) -> Table:
         ),
     )
     grid.add_column("N", justify="right")
-    grid.add_column("contender")
+    grid.add_column("runner")
     grid.add_column("ratio", justify="right", no_wrap=True)
     for heading in columns:
         grid.add_column(heading, justify="right", no_wrap=True)
     for group in results["groups"]:
-        for label, row in group["contenders"].items():
+        for label, row in group["runners"].items():
             cells = [interval(row) if "ratio" in row else "–"]
             for key, factor, form in columns.values():
                 value = row.get(key)

@@ -5,16 +5,15 @@ import os
 import platform
 import sys
 import timeit
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from runtime import __version__
+from evaluation.record import versions
 
 PACKAGES = (
     "numpy", "pillow", "torch", "onnxruntime", "onnxruntime-gpu", "openvino", "MNN", "tensorrt", "tensorrt-rtx",
@@ -38,17 +37,6 @@ def machine(threads: int) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
     }
     return found | versions(PACKAGES)
-
-
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """The versions of Python, of this project, and of those packages that are installed."""
-    found = {"python": platform.python_version(), "icnet-deploy": __version__}
-    for package in packages:
-        try:
-            found[package.lower()] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def name_of(machine: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """python benchmarks/report.py: README's tables and plots, made from the JSON files in `benchmarks/results/`.
 
 In README a pair of comments holds what is made: `<!-- results: NAME -->` and `<!-- end of results -->`. NAME.json is
-what `icnet bench`, `growth`, `throughput` or `roofline` wrote with --output; the part of NAME before the first _ says
+what `icnet bench`, `scaling`, `throughput` or `roofline` wrote with --output; the part of NAME before the first _ says
 which. A plot notes the digest of the JSON file that it was drawn from.
 """
 
@@ -23,10 +23,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
-from benchmarks import growth, roofline
+from benchmarks import roofline, scaling
 from benchmarks.end_to_end import STAGES
-from benchmarks.growth import grew
 from benchmarks.machine import PACKAGES, name_of
+from benchmarks.scaling import grew
 from benchmarks.throughput import spread, streams
 from benchmarks.timing import interval
 from runtime import InputError
@@ -138,14 +138,14 @@ def _about(results: Results) -> str:
 
 def _latency(results: Results, name: str) -> list[str]:
     groups, first = results["groups"], results["first"]
-    found = list(dict.fromkeys(label for group in groups for label in group["contenders"]))
+    found = list(dict.fromkeys(label for group in groups for label in group["runners"]))
     sizes = [f"N = {group['n']}" for group in groups]
     on_gpu = "gpu" in results["machine"]
     kind, digits = ("peak_gpu_memory_bytes", 2) if on_gpu else ("peak_memory_bytes", 0)
 
     def cells(cell: Callable[[Results], str]) -> Iterable[list[str]]:
         for label in found:
-            rows = (group["contenders"].get(label) for group in groups)
+            rows = (group["runners"].get(label) for group in groups)
             yield [label, *("–" if row is None else cell(row) for row in rows)]
 
     def times_as_fast(row: Results) -> str:
@@ -166,30 +166,30 @@ def _latency(results: Results, name: str) -> list[str]:
     lines = [_about(results), "", f"![Images per second by group size](benchmarks/results/{name}.png)", ""]
     lines += [
         f"Times as fast as {first}, with the 95 % interval:",
-        *_table(["contender", *sizes], cells(times_as_fast)),
+        *_table(["runner", *sizes], cells(times_as_fast)),
     ]
-    lines += ["Median and 90th percentile of a group, ms:", *_table(["contender", *sizes], cells(milliseconds))]
-    if any(row["share_of_matrix_product"] for group in groups for row in group["contenders"].values()):
+    lines += ["Median and 90th percentile of a group, ms:", *_table(["runner", *sizes], cells(milliseconds))]
+    if any(row["share_of_matrix_product"] for group in groups for row in group["runners"].values()):
         lines += ["Products and convolutions, as a share of the rate of a large matrix product:"]
-        lines += _table(["contender", *sizes], cells(share))
-    if any(kind in row for group in groups for row in group["contenders"].values()):
+        lines += _table(["runner", *sizes], cells(share))
+    if any(kind in row for group in groups for row in group["runners"].values()):
         where = "GPU memory" if on_gpu else "memory"
-        lines += [f"Peak {where} of a process that runs one contender alone, MB:"]
-        lines += _table(["contender", *sizes], cells(memory))
+        lines += [f"Peak {where} of a process that runs one runner alone, MB:"]
+        lines += _table(["runner", *sizes], cells(memory))
     if results["end_to_end"]:
         width, height = results["end_to_end"][0]["image"]
-        heading = ["contender", "N", "whole", *STAGES, "not the network"]
+        heading = ["runner", "N", "whole", *STAGES, "not the network"]
         rows = []
         for row in results["end_to_end"]:
             stages = [f"{row['stages_s'][stage] * 1e3:.0f}" for stage in STAGES]
             rest = f"{max(0.0, 1 - row['network_share']):.1%}"
-            rows.append([row["contender"], row["n"], f"{row['median_s'] * 1e3:.0f}", *stages, rest])
+            rows.append([row["runner"], row["n"], f"{row['median_s'] * 1e3:.0f}", *stages, rest])
         lines += [f"From JPEG files of {width}×{height} to PNG maps, ms:", *_table(heading, rows)]
     lines += [f"- Not run: {label}: {why}" for label, why in results["not_run"].items()]
     return lines
 
 
-def _growth(results: Results, name: str) -> list[str]:
+def _scaling(results: Results, name: str) -> list[str]:
     lines = [_about(results), "", f"![Time and memory against the group's size](benchmarks/results/{name}.png)"]
     rows = []
     for found in results["models"]:
@@ -259,11 +259,11 @@ def _roofline(results: Results, name: str) -> list[str]:
 
 
 def _draw_latency(results: Results, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Images per second against the group's size, a line per contender."""
+    """Images per second against the group's size, a line per runner."""
     figure = Figure(figsize=(8, 3.8), layout="constrained")
     axes = figure.subplots()
-    for label in dict.fromkeys(label for group in results["groups"] for label in group["contenders"]):
-        rows = [(g["n"], g["contenders"][label]) for g in results["groups"] if label in g["contenders"]]
+    for label in dict.fromkeys(label for group in results["groups"] for label in group["runners"]):
+        rows = [(g["n"], g["runners"][label]) for g in results["groups"] if label in g["runners"]]
         style = "--" if label.startswith("paper") else "-"
         axes.plot([n for n, _ in rows], [row["images_per_s"] for _, row in rows], style, marker="o", label=label)
     axes.set(xscale="log", xlabel="images in the group", ylabel="images per second", ylim=(0, None))
@@ -277,13 +277,13 @@ def _draw_latency(results: Results, path: Path, metadata: dict[str, str] | None 
 RENDER: dict[str, Callable[[Results, str], list[str]]] = {
     "latency": _latency,
     "gpu": _latency,
-    "growth": _growth,
+    "scaling": _scaling,
     "throughput": _throughput,
     "roofline": _roofline,
 }
 DRAW: dict[str, Callable[[Results, Path, dict[str, str] | None], None]] = {
     "latency": _draw_latency,
     "gpu": _draw_latency,
-    "growth": growth.draw,
+    "scaling": scaling.draw,
     "roofline": roofline.draw,
 }

@@ -39,10 +39,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.agreement import prepare
-from benchmarks.contenders import ORACLE_ONNX, OURS_ONNX, inputs
 from benchmarks.machine import copy, machine, matrix_product, name_of, wide_console
-from benchmarks.operations import Node, count
+from benchmarks.runners import OURS_ONNX, REFERENCE_ONNX, inputs
 from benchmarks.timing import Times, interleaved, warm_up
+from export.operations import Node, count
 from runtime import InputError, ModelError, OutputError, Predictor
 from runtime.contract import SIZE
 from runtime.errors import one_line
@@ -106,19 +106,19 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         output, plot = (stack.enter_context(replacing(p)) if p else None for p in (args.output, args.plot))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        oracle = None
+        reference = None
         model = args.model
         with console.status("exporting") if console.is_terminal and not model else ExitStack():
             if model is None:
                 prepare(folder, args.checkpoint)
-                model, oracle = folder / OURS_ONNX, folder / ORACLE_ONNX
+                model, reference = folder / OURS_ONNX, folder / REFERENCE_ONNX
         nodes = count(model, args.size)
         results: Results = {
             "machine": machine(args.threads),
             "model": {"name": model.name, "sha256": digest(model)},
             "n": args.size,
             **_totals(model, nodes),
-            "levels": levels({"ours" if oracle else model.name: nodes} | _oracle_nodes(oracle, args.size)),
+            "levels": levels({"ours" if reference else model.name: nodes} | _reference_nodes(reference, args.size)),
         }
         if args.card:
             results |= _on_card(args.card, args.precision or _precision(model), nodes, results)
@@ -153,7 +153,7 @@ def levels(models: dict[str, Sequence[Node]]) -> dict[str, dict[str, int]]:
     return {level: flop for level, flop in found.items() if any(flop.values())}
 
 
-def _oracle_nodes(path: Path | None, n: int) -> dict[str, Sequence[Node]]:
+def _reference_nodes(path: Path | None, n: int) -> dict[str, Sequence[Node]]:
     return {} if path is None else {"paper": count(path, n)}
 
 

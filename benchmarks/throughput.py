@@ -39,9 +39,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import gpu
-from benchmarks.accuracy import labels
-from benchmarks.contenders import Setting, inputs, load
 from benchmarks.machine import machine, name_of, wide_console
+from benchmarks.runners import Setting, inputs, load
+from evaluation.record import labels
 from runtime import ICNetError, InputError, OutputError, Predictor
 from runtime.files import digest, replacing, same_file, write_json
 from runtime.groups import find_groups
@@ -50,7 +50,7 @@ from runtime.threads import cores
 
 SERVICE = "service"
 HISTOGRAMS = {SERVICE: dict.fromkeys(range(3, 9), 1)}
-MOST_IMAGES = 4096  # in one group of a histogram
+MAX_IMAGES = 4096  # in one group of a histogram
 SAMPLES_MS = 100  # between nvidia-smi's
 
 Results = dict[str, Any]
@@ -163,8 +163,8 @@ def read_histogram(source: str) -> Histogram:
         raise InputError(f"{source}: no such file or data set, and not one of {', '.join(HISTOGRAMS)}") from error
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f'{source}: not a histogram: expected JSON such as {{"3": 10, "4": 7}}') from error
-    if not good or not all(1 <= size <= MOST_IMAGES for size in found):
-        raise InputError(f"{source}: sizes must be 1 to {MOST_IMAGES} and their counts whole numbers, some above 0")
+    if not good or not all(1 <= size <= MAX_IMAGES for size in found):
+        raise InputError(f"{source}: sizes must be 1 to {MAX_IMAGES} and their counts whole numbers, some above 0")
     return {size: count for size, count in sorted(found.items()) if count}
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 STEADY = 0.05  # a call that beats the best so far by less than this share has nothing left to warm up
-MOST_WARM_UPS = 12
+MAX_WARM_UPS = 12
 WARM_UP_SECONDS = 10.0
 RESAMPLES = 2000
-FEWEST_ROUNDS = 3
+MIN_ROUNDS = 3
 
 Times = dict[str, list[float]]
 
@@ -35,7 +35,7 @@ def warm_up(call: Callable[[], object], fewest: int = 2) -> float:
         calls += 1
         settled = took > best * (1 - STEADY)
         best = min(best, took)
-        if calls >= MOST_WARM_UPS or time.perf_counter() - begin > WARM_UP_SECONDS or (settled and calls >= fewest):
+        if calls >= MAX_WARM_UPS or time.perf_counter() - begin > WARM_UP_SECONDS or (settled and calls >= fewest):
             return best
 
 
@@ -56,7 +56,7 @@ def interleaved(
     begin = time.perf_counter()
     done = 0
     while done < rounds:
-        if limit is not None and done >= FEWEST_ROUNDS and time.perf_counter() - begin > limit:
+        if limit is not None and done >= MIN_ROUNDS and time.perf_counter() - begin > limit:
             return
         names = random.sample(list(calls), len(calls))
         for name, took in [(name, seconds(calls[name])) for name in names]:  # a round that is broken off is lost

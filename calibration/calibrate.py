@@ -23,21 +23,21 @@ import onnxruntime
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.dataset import find_dataset
-from benchmarks.metrics import Metrics
 from calibration.graph import ExportedModel, int8_share
 from calibration.groups import CalibrationSet, Feeds, open_groups
 from calibration.ranges import METHODS, PERCENTILE, Ranges, collect, read_cache, write_cache
 from calibration.sensitivity import CURVE, Decisions, draw, read_decisions, record, scorer, search, table
+from evaluation.dataset import find_dataset
+from evaluation.metrics import Metrics
 from runtime import __version__
+from runtime.commands.predict import BUILTIN, sism_folder
 from runtime.errors import DependencyError, InputError, OutputError
 from runtime.files import digest, replacing, same_file, write_json
-from runtime.predict import BUILTIN, sism_folder
 from runtime.predictor import MAX_THREADS
 
 ENOUGH = 8  # groups; see the curve in the README
 DEFAULT_METHOD = "entropy"
-NOT_REACHED = 1  # exit code: a model was written, but it loses more than the budget
+NOT_REACHED = 1  # exit code: a model was written, but it loses more than the max_drop
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,10 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--method", choices=METHODS, default=DEFAULT_METHOD, help=f"where to cut ranges off (default {DEFAULT_METHOD})")
     add("--percentile", type=float, default=PERCENTILE, help=f"of --method percentile (default {PERCENTILE})")
     add("--rest", choices=("fp32", "fp16"), help="precision of what is not int8; the model must be exported in it")
-    add("--budget", type=float, help="what S-measure and max F may lose on --validation; searches layer by layer")
+    add("--max-drop", type=float, help="what S-measure and max F may lose on --validation; searches layer by layer")
     add("--validation", type=Path, metavar="DATA", help="data set with img/, gt/ and sism/, of other groups")
-    add("--decisions", type=Path, metavar="JSON", help="apply those that --budget wrote, without searching")
-    add("--plot", type=Path, metavar="PNG", help="of --budget: draw accuracy against the share of int8 operations")
+    add("--decisions", type=Path, metavar="JSON", help="apply those that --max-drop wrote, without searching")
+    add("--plot", type=Path, metavar="PNG", help="of --max-drop: draw accuracy against the share of int8 operations")
     add("--cache", type=Path, metavar="JSON", help="ranges, reused if model, groups and method are the same")
     add("--skip-bad", action="store_true", help="leave out groups with files that can't be read")
     add("--threads", type=int, help="CPU threads (default: one per core)")
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     """Calibrate `args.onnx` on `args.groups`.
 
     Returns:
-        0; or 1 if no model within the budget was found, and the best one was written.
+        0; or 1 if no model within the max_drop was found, and the best one was written.
 
     Raises:
         InputError: options that don't go together, or groups that can't be used.
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         kept = read_decisions(args.decisions, model)
         int8 = [name for name in int8 if name not in kept]
     validation = None
-    if args.budget is not None:
+    if args.max_drop is not None:
         sisms = sism_folder(args.validation, BUILTIN if args.sisms == BUILTIN else None)
         validation = find_dataset(args.validation, sisms or BUILTIN)
     with ExitStack() as files:
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
                 progress.advance(bar)
                 return metrics
 
-            decisions = search(model, ranges, args.budget, tracked)
+            decisions = search(model, ranges, args.max_drop, tracked)
             int8 = [name for name in int8 if name not in decisions.found.float_layers]
         quantised = model.quantised(ranges, int8)
         share = int8_share(quantised)
@@ -211,7 +211,7 @@ def _report(args: argparse.Namespace, model: ExportedModel, decisions: Decisions
     if decisions is None or decisions.reached:
         return 0
     print(
-        f"icnet calibrate: error: the budget of {args.budget:g} was not reached: the best found loses "
+        f"icnet calibrate: error: the max_drop of {args.max_drop:g} was not reached: the best found loses "
         f"{decisions.found.loss:.4f}, and was written; try another --method or more groups",
         file=sys.stderr,
     )
@@ -219,21 +219,21 @@ def _report(args: argparse.Namespace, model: ExportedModel, decisions: Decisions
 
 
 def _check(args: argparse.Namespace) -> None:
-    if (args.budget is None) != (args.validation is None):
-        raise InputError("--budget and --validation go together: the budget is about the scores on a data set")
-    if args.budget is not None and args.decisions:
-        raise InputError("--budget searches and --decisions does not: give one or the other")
-    if args.budget is not None and not 0 <= args.budget < 1:
-        raise InputError(f"--budget {args.budget:g}: expected 0 to 1, what S-measure and max F may lose")
+    if (args.max_drop is None) != (args.validation is None):
+        raise InputError("--max-drop and --validation go together: the max_drop is about the scores on a data set")
+    if args.max_drop is not None and args.decisions:
+        raise InputError("--max-drop searches and --decisions does not: give one or the other")
+    if args.max_drop is not None and not 0 <= args.max_drop < 1:
+        raise InputError(f"--max-drop {args.max_drop:g}: expected 0 to 1, what S-measure and max F may lose")
     if not 0 < args.percentile <= 100:
         raise InputError(f"--percentile {args.percentile:g}: expected more than 0, at most 100")
     if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
         raise InputError(f"--threads {args.threads}: expected 1 to {MAX_THREADS}")
-    if args.plot and args.budget is None:
-        raise InputError("--plot draws what --budget found: give both")
+    if args.plot and args.max_drop is None:
+        raise InputError("--plot draws what --max-drop found: give both")
     if args.validation and same_file(args.validation, args.groups):
         raise InputError(f"{args.validation}: is what the model is calibrated on; validate on other groups")
-    written = [args.output, args.cache, args.plot, _decisions_file(args) if args.budget is not None else None]
+    written = [args.output, args.cache, args.plot, _decisions_file(args) if args.max_drop is not None else None]
     paths = [path for path in written if path]
     for i, path in enumerate(paths):
         if any(same_file(path, other) for other in (args.onnx, args.decisions, *paths[:i]) if other):

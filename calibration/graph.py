@@ -28,8 +28,8 @@ from onnxruntime.quantization import QuantType
 from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-from benchmarks.operations import types_and_shapes
 from calibration.ranges import Ranges
+from export.operations import types_and_shapes
 from runtime.contract import TensorSpec, check_contract
 from runtime.errors import ModelError, one_line
 from runtime.files import check_model_file

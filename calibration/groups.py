@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.commands.predict import read_group
 from runtime.errors import InputError
 from runtime.files import digest
 from runtime.groups import Group, find_groups
-from runtime.predict import read_group
 
 Feeds = dict[str, NDArray[np.uint8]]
 

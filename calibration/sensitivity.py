@@ -1,8 +1,8 @@
-"""Which layers can't be int8: each one's cost in accuracy, and the fewest to keep in floating point for a budget.
+"""Which layers can't be int8: each one's cost in accuracy, and the fewest to keep in floating point for a max_drop.
 
 The cost of a layer is what S-measure and max F lose on a data set with ground truths when it alone is int8; of the two
 losses the larger counts. The costliest layers return to floating point, one after the other, until the model with all
-others in int8 is within the budget; then each is put back to int8 if the budget allows it.
+others in int8 is within the max_drop; then each is put back to int8 if the max_drop allows it.
 """
 
 import json
@@ -15,10 +15,10 @@ from typing import Any
 import onnx
 from rich.table import Table
 
-from benchmarks.dataset import Dataset, evaluate
-from benchmarks.metrics import Metrics
 from calibration.graph import ExportedModel
 from calibration.ranges import Ranges
+from evaluation.dataset import Dataset, evaluate
+from evaluation.metrics import Metrics
 from runtime.errors import InputError
 from runtime.predictor import Predictor
 
@@ -49,12 +49,12 @@ class Point:
 class Decisions:
     """What a search found.
 
-    found: the model to use, which has a loss within the budget if `reached`. costs: per layer, the model in which it
+    found: the model to use, which has a loss within the max_drop if `reached`. costs: per layer, the model in which it
     alone is int8. path: the models tried, from all layers in int8 on. curve: models with the layers that cost least in
     int8, of growing share.
     """
 
-    budget: float
+    max_drop: float
     reached: bool
     baseline: Point
     found: Point
@@ -77,13 +77,13 @@ def scorer(dataset: Dataset, threads: int | None = None) -> Score:
     return score
 
 
-def search(model: ExportedModel, ranges: Ranges, budget: float, score: Score) -> Decisions:
+def search(model: ExportedModel, ranges: Ranges, max_drop: float, score: Score) -> Decisions:
     """Find the fewest layers to keep in floating point.
 
     Args:
         model: the model.
         ranges: of all its `tensors()`.
-        budget: what S-measure and max F may lose, each.
+        max_drop: what S-measure and max F may lose, each.
         score: scores a model; it is also told what it is for.
     """
     names = [layer.name for layer in model.candidates]
@@ -102,19 +102,19 @@ def search(model: ExportedModel, ranges: Ranges, budget: float, score: Score) ->
     costs = {name: point([name], f"{name} alone") for name in names}
     worst = sorted(names, key=lambda name: -costs[name].loss)
     path = [without(())]
-    while path[-1].loss > budget and path[-1].share >= LEAST_SHARE and len(path) <= len(worst):
+    while path[-1].loss > max_drop and path[-1].share >= LEAST_SHARE and len(path) <= len(worst):
         path.append(without(worst[: len(path)]))
-    found = min(path, key=lambda p: p.loss) if path[-1].loss > budget or path[-1].share < LEAST_SHARE else path[-1]
-    reached = found.loss <= budget and found.share >= LEAST_SHARE
-    # The layer that came last is needed: without it the budget was not met.
+    found = min(path, key=lambda p: p.loss) if path[-1].loss > max_drop or path[-1].share < LEAST_SHARE else path[-1]
+    reached = found.loss <= max_drop and found.share >= LEAST_SHARE
+    # The layer that came last is needed: without it the max_drop was not met.
     for name in worst[len(found.float_layers) - 2 :: -1] if reached and len(found.float_layers) > 1 else ():
         fewer = without([other for other in found.float_layers if other != name])
         path.append(fewer)
-        if fewer.loss <= budget:
+        if fewer.loss <= max_drop:
             found = fewer
     ends = [next((k for k in range(len(names)) if model.share(worst[k:]) <= share), 0) for share in CURVE]
     curve = [without(worst[:k]) for k in ends]
-    return Decisions(budget, reached, baseline, found, costs, tuple(path), tuple(curve))
+    return Decisions(max_drop, reached, baseline, found, costs, tuple(path), tuple(curve))
 
 
 def read_decisions(path: Path, model: ExportedModel) -> list[str]:
@@ -126,7 +126,7 @@ def read_decisions(path: Path, model: ExportedModel) -> list[str]:
     try:
         layers = json.loads(path.read_text(encoding="utf-8"))["float_layers"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not decisions that icnet calibrate --budget wrote") from error
+        raise InputError(f"{path}: not decisions that icnet calibrate --max-drop wrote") from error
     known = {layer.name for layer in model.candidates}
     if not isinstance(layers, list) or not {*map(str, layers)} <= known:
         other = min({*map(str, layers)} - known, default="none") if isinstance(layers, list) else "none"
@@ -137,7 +137,7 @@ def read_decisions(path: Path, model: ExportedModel) -> list[str]:
 def record(decisions: Decisions, model: ExportedModel) -> dict[str, Any]:
     """The decisions as they are written."""
     return {
-        "budget": decisions.budget,
+        "max_drop": decisions.max_drop,
         "reached": decisions.reached,
         "float_layers": list(decisions.found.float_layers),
         "without_int8": asdict(decisions.baseline),
@@ -186,10 +186,10 @@ def draw(decisions: Decisions, model: ExportedModel, path: Path) -> None:
     points = sorted([decisions.baseline, *decisions.curve, *decisions.path], key=lambda p: p.share)
     for key, label in (("s", "S"), ("max_f", "max F")):
         line = left.plot([100 * p.share for p in points], [getattr(p, key) for p in points], "o-", label=label)
-        limit = getattr(decisions.baseline, key) - decisions.budget
+        limit = getattr(decisions.baseline, key) - decisions.max_drop
         left.axhline(limit, linestyle=":", color=line[0].get_color())
     left.axvline(100 * decisions.found.share, color="0.7", zorder=0)
-    left.set(xlabel="int8 convolution operations, %", title="accuracy; dotted: the budget")
+    left.set(xlabel="int8 convolution operations, %", title="accuracy; dotted: the max_drop")
     left.legend()
     costs = decisions.costs.items()
     right.scatter([100 * model.share([n]) for n, _ in costs], [p.loss for _, p in costs], s=12)

@@ -34,7 +34,7 @@ MEAN = (0.485, 0.456, 0.406)  # ImageNet's, RGB
 STD = (0.229, 0.224, 0.225)
 WIDTH_STEPS = 32  # channels of the narrowest layer at width 1
 SIVS_PER_WIDTH = 1280  # numbers in the SIVs of one image at width 1: 2 polarities, 128 + 256 + 256 channels
-FOREIGN = -1e9  # agreement of another group's map: e to this power is 0 beside any agreement of one's own
+MASKED = -1e9  # agreement of another group's map: e to this power is 0 beside any agreement of one's own
 
 
 def resize(x: Tensor, size: int) -> Tensor:
@@ -166,7 +166,7 @@ class CorrelationFusion(nn.Module):
         # Σ_k ⟨c_m, c_k⟩ = ⟨c_m, Σ_k c_k⟩: no M×M matrix per image.
         agreement = maps @ maps.sum(2).unsqueeze(3)  # [N, P, M, HW] @ [N, P, HW, 1] = [N, P, M, 1]
         if own is not None:
-            agreement = torch.where(own, agreement, FOREIGN)
+            agreement = torch.where(own, agreement, MASKED)
         weights = agreement.softmax(2).transpose(2, 3)  # [N, P, 1, M]
         return min_max((weights @ maps).squeeze(2))  # [N, P, HW]
 

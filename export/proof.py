@@ -1,28 +1,30 @@
 """Proof that an exported file computes what the paper's network does.
 
-The file is run by ONNX Runtime and compared with the oracle, the network as the paper writes it, in FP32. How much may
-they differ? The order in which RSCF puts the pixels is discontinuous: two sums that differ in their last bit can swap
-two near-equal pixels, and a swap can move a pixel of the output by 1e-2 or more. So no fixed tolerance is right; but
-the same happens to the oracle itself: its FP32 against its FP64, on the same weights and inputs, is the noise floor.
+The file is run by ONNX Runtime and compared with the reference, the network as the paper writes it, in FP32. How much
+may they differ? The order in which RSCF puts the pixels is discontinuous: two sums that differ in their last bit can
+swap two near-equal pixels, and a swap can move a pixel of the output by 1e-2 or more. So no fixed tolerance is right;
+but the same happens to the reference itself: its FP32 against its FP64, on the same weights and inputs, is the noise
+floor.
 
-With e(x) = |x - FP64|, the triangle inequality gives |file - oracle| ≤ e(file) + e(oracle). A correct file rounds as
-often as the oracle does, so its e is another draw from the distribution of which the floor is one: expected,
-|file - oracle| ≤ 2 floors. One group alone is no fair draw (with a swap its floor is 1e-2, without one 1e-6), so both
-are pooled over all groups. Pooled like this, |file - oracle| of correct files was 0.7 to 2.7 floors in 40 measurements
-(maximum and mean, 20 networks of random weights), while the mean of wrong formulas was 200 to 3000 floors away. Hence
-the bound: twice the triangle's 2. Differences that no 8-bit map can show (a 40th of a grey level on average, two or
-three levels in single pixels) pass in any case, because the floor of a network that happens to have no swap is nearly
-zero.
+With e(x) = |x - FP64|, the triangle inequality gives |file - reference| ≤ e(file) + e(reference). A correct file rounds
+as often as the reference does, so its e is another draw from the distribution of which the floor is one: expected,
+|file - reference| ≤ 2 floors. One group alone is no fair draw (with a swap its floor is 1e-2, without one 1e-6), so
+both are pooled over all groups. Pooled like this, |file - reference| of correct files was 0.7 to 2.7 floors in 40
+measurements (maximum and mean, 20 networks of random weights), while the mean of wrong formulas was 200 to 3000 floors
+away. Hence the bound: twice the triangle's 2. Differences that no 8-bit map can show (a 40th of a grey level on
+average, two or three levels in single pixels) pass in any case, because the floor of a network that happens to have no
+swap is nearly zero.
 
-An FP16 file is no draw from that distribution: it keeps 11 bits where FP32 keeps 24. Its floor is the oracle that
-rounds its weights, and what goes into and comes out of every convolution, to 11 bits, against the plain oracle in FP32.
-The oracle's own e is nothing beside it; but the file rounds at more places, within the products of RSCF. The mean was
-0.7 to 2.0 floors (5 networks, two of them trained, by PyTorch and by ONNX Runtime), so it may be three. A file that
-computed the order of the pixels in FP16 was 29 floors away, on a trained network; on random ones it did not show. The
-rounding leaves the range alone: a file whose activations overflow FP16 has no such excuse.
+An FP16 file is no draw from that distribution: it keeps 11 bits where FP32 keeps 24. Its floor is the reference that
+rounds its weights, and what goes into and comes out of every convolution, to 11 bits, against the plain reference in
+FP32. The reference's own e is nothing beside it; but the file rounds at more places, within the products of RSCF. The
+mean was 0.7 to 2.0 floors (5 networks, two of them trained, by PyTorch and by ONNX Runtime), so it may be three. A file
+that computed the order of the pixels in FP16 was 29 floors away, on a trained network; on random ones it did not show.
+The rounding leaves the range alone: a file whose activations overflow FP16 has no such excuse.
 
-The oracle takes one group at a time. A packed file gets two at once, their images mixed; the two files of a bank export
-get a group in two chunks, with the SIVs of both as the bank. The maps must be those of the oracle, group by group.
+The reference takes one group at a time. A packed file gets two at once, their images mixed; the two files of a bank
+export get a group in two chunks, with the SIVs of both as the bank. The maps must be those of the reference, group by
+group.
 """
 
 import math
@@ -51,7 +53,7 @@ NEGLIGIBLE_MAX = 1e-2
 
 @dataclass(frozen=True)
 class Difference:
-    """|Δ| of maps in [0, 1] on one group, or over all: the file against the oracle, and the oracle's noise floor."""
+    """|Δ| of maps in [0, 1] on one group, or over all: the file against the reference, and its noise floor."""
 
     name: str
     max: float
@@ -69,7 +71,7 @@ def compare(
     step: Callable[[], object] = lambda: None,
     intra: Path | None = None,
 ) -> list[Difference]:
-    """Run a file in ONNX Runtime beside the oracle with the network's weights.
+    """Run a file in ONNX Runtime beside the reference with the network's weights.
 
     Args:
         path: an ONNX file from `write_onnx`.
@@ -84,14 +86,14 @@ def compare(
         One difference per group, and last the one over all images of all groups. A map that is not finite has a
         difference of infinity.
     """
-    oracle, other = oracles(network, precision)
+    reference, other = references(network, precision)
     groups = samples() if groups is None else groups
     all_maps = _run([path] if intra is None else [path, intra], groups, interface, precision)
     differences, errors, floors = [], [], []
     for group, maps in zip(groups, all_maps, strict=True):
         images, sisms = torch.from_numpy(group.images), torch.from_numpy(group.sisms)
         with torch.inference_mode():
-            expected = oracle(images, sisms).numpy()
+            expected = reference(images, sisms).numpy()
             floor = np.abs(other(images, sisms).numpy() - expected)
         found = maps.reshape(expected.shape)
         error = np.where(np.isfinite(found), np.abs(found - expected), math.inf)
@@ -102,12 +104,12 @@ def compare(
     return [*differences, _difference("all", np.concatenate(errors), np.concatenate(floors))]
 
 
-def oracles(network: ICNet, precision: str) -> tuple[Uint8Interface, Uint8Interface]:
-    """The oracle in FP32, and the one whose difference from it is the noise floor of `precision` (see above)."""
-    oracle = Uint8Interface(ReferenceICNet.of(network))
+def references(network: ICNet, precision: str) -> tuple[Uint8Interface, Uint8Interface]:
+    """The reference in FP32, and the one whose difference from it is the noise floor of `precision` (see above)."""
+    reference = Uint8Interface(ReferenceICNet.of(network))
     if precision == "fp16":
-        return oracle, Uint8Interface(_rounding(ReferenceICNet.of(network)))
-    return oracle, Uint8Interface(ReferenceICNet.of(network)).double()
+        return reference, Uint8Interface(_rounding(ReferenceICNet.of(network)))
+    return reference, Uint8Interface(ReferenceICNet.of(network)).double()
 
 
 def _run(

@@ -1,4 +1,4 @@
-"""ICNet exactly as the paper writes it: the oracle of the tests and the baseline of the benchmarks.
+"""ICNet exactly as the paper writes it: the reference of the tests and the baseline of the benchmarks.
 
 The correlation is a convolution whose kernel is the group's SIVs (§3.3); the self-correlation is an HW×HW
 tensor, reordered by `argsort`, an index `repeat`ed to that size, and `gather` (§3.4); the sub-module runs twice, on
@@ -59,7 +59,7 @@ class ReferenceICNet(ICNet):
 
     @classmethod
     def of(cls, network: ICNet) -> Self:
-        """The oracle with the weights of `network`, in evaluation mode."""
-        oracle = cls(network.width)
-        oracle.load_state_dict(network.state_dict())
-        return oracle.eval()
+        """The reference with the weights of `network`, in evaluation mode."""
+        reference = cls(network.width)
+        reference.load_state_dict(network.state_dict())
+        return reference.eval()

@@ -5,6 +5,7 @@ Nothing else is needed to run a model, whoever built it: no sidecar, no naming c
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from runtime.errors import ModelError
 
@@ -64,29 +65,38 @@ FLOAT_INPUTS = (
 FLOAT_OUTPUTS = (TensorSpec("maps", "float32", ("N", 1, SIZE, SIZE)),)
 
 
+class ExportKind(StrEnum):
+    """What an export computes. All but `FLOAT32` have the file contract's uint8 inputs."""
+
+    PLAIN = "plain"  # a group to its maps
+    PACKED = "packed"  # several groups to their maps
+    INTRA = "intra"  # images to their SIVs
+    BANKED = "banked"  # images and a bank of SIVs to maps
+    FLOAT32 = "float32"  # a group to its maps, with the authors' interface; the runtime does not take it
+
+
 @dataclass(frozen=True)
 class Interface:
     """Which of the exports a model is, and its tensors, in the order of the contract.
 
     Attributes:
-        kind: "plain": a group to its maps; "packed": several groups to theirs; "intra": images to their SIVs;
-            "banked": images and a bank of SIVs to maps.
+        kind: what it computes.
         inputs: as the model has them.
         output: likewise.
         size: the number of images that the model was built for; None if any will do.
     """
 
-    kind: str
+    kind: ExportKind
     inputs: tuple[TensorSpec, ...]
     output: TensorSpec
     size: int | None = None
 
 
 INTERFACES = (
-    Interface("plain", INPUTS, OUTPUTS[0]),
-    Interface("packed", (*INPUTS, GROUPS), OUTPUTS[0]),
-    Interface("intra", INPUTS, SIVS),
-    Interface("banked", (*INPUTS, BANK), OUTPUTS[0]),
+    Interface(ExportKind.PLAIN, INPUTS, OUTPUTS[0]),
+    Interface(ExportKind.PACKED, (*INPUTS, GROUPS), OUTPUTS[0]),
+    Interface(ExportKind.INTRA, INPUTS, SIVS),
+    Interface(ExportKind.BANKED, (*INPUTS, BANK), OUTPUTS[0]),
 )
 
 

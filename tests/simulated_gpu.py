@@ -262,7 +262,7 @@ class Gpu:
         return driver
 
     def library(self):
-        """`libcuda.so.1`, as far as `runtime.cuda.PageLocked` calls it."""
+        """`libcuda.so.1`, as far as `runtime.backends.cuda.PageLocked` calls it."""
         gpu = self
 
         def retain(context, device):
@@ -527,5 +527,5 @@ def install(gpu, monkeypatch):
         if module is not None:
             module.__spec__ = ModuleSpec(name, None)  # PyTorch looks for it
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr("runtime.cuda._load_driver", gpu.library)
+    monkeypatch.setattr("runtime.backends.cuda._load_driver", gpu.library)
     return gpu

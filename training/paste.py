@@ -36,7 +36,7 @@ from runtime.groups import image_files
 from runtime.preprocess import read_image
 from training.cutouts import related
 
-FEWEST_CUTOUTS = 2  # in a class: otherwise "common" would mean "the same picture"
+MIN_CUTOUTS = 2  # in a class: otherwise "common" would mean "the same picture"
 LEAST_VISIBLE = 0.35  # of a common object, where others cover it
 BACKGROUND_SIDE = 480  # photographs are kept with this shorter side, pixels
 LOG_SIDES = (np.log(48), np.log(125))  # of objects' longer sides, pixels
@@ -70,11 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--groups", type=int, default=60, help="each of another class, if there are as many")
     parser.add_argument("--classes", nargs="+", metavar="CLASS", help="one group of each, instead of --groups")
     parser.add_argument("--images", type=int, default=10, help="per group")
+    parser.add_argument("--distractors", type=int, nargs=2, default=(2, 3), metavar=("MIN", "MAX"), help="per image")
     parser.add_argument(
-        "--distractors", type=int, nargs=2, default=(2, 3), metavar=("FEWEST", "MOST"), help="per image"
-    )
-    parser.add_argument(
-        "--spoiled", type=float, default=0.2, help="share of SISMs that are plainly wrong (default 0.2)"
+        "--corrupted", type=float, default=0.2, help="share of SISMs that are plainly wrong (default 0.2)"
     )
     parser.add_argument("--seed", type=int, default=0)
 
@@ -87,9 +85,9 @@ def run(args: argparse.Namespace) -> int:
         OutputError: it can't be written.
     """
     low, high = args.distractors
-    if min(args.groups, args.images) < 1 or not 0 <= args.spoiled <= 1 or not 0 <= low <= high or args.seed < 0:
+    if min(args.groups, args.images) < 1 or not 0 <= args.corrupted <= 1 or not 0 <= low <= high or args.seed < 0:
         raise InputError(
-            "--groups and --images take numbers from 1, --spoiled from 0 to 1, --distractors FEWEST ≤ MOST"
+            "--groups and --images take numbers from 1, --corrupted from 0 to 1, --distractors FEWEST ≤ MOST"
         )
     if args.output.exists():
         raise InputError(f"{args.output}: is there already; choose another --output")
@@ -97,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     if unknown := set(args.classes or ()) - set(maker.names):
         raise InputError(f"{args.cutouts}: no class {', '.join(sorted(unknown))} in it")
     count = len(args.classes) if args.classes else args.groups
-    options = (args.images, (low, high), args.spoiled)
+    options = (args.images, (low, high), args.corrupted)
     console = Console(stderr=True)
     for i in track(
         range(count), description="pasting", console=console, transient=True, disable=not console.is_terminal
@@ -134,7 +132,7 @@ class CutPaste:
         self._photos = _photos(backgrounds)
 
     def nth(
-        self, seed: int, i: int, n: int, distractors: tuple[int, int], spoiled: float, name: str | None = None
+        self, seed: int, i: int, n: int, distractors: tuple[int, int], corrupted: float, name: str | None = None
     ) -> Group:
         """Group i of a test set: unless named, classes take turns in an order that follows from the seed.
 
@@ -143,7 +141,7 @@ class CutPaste:
         if name is None:
             order = np.random.default_rng([seed, 0]).permutation(len(self.names))
             name = self.names[order[i % len(order)]]
-        return self.group([seed, 1, i], n, name=name, distractors=distractors, spoiled=spoiled)
+        return self.group([seed, 1, i], n, name=name, distractors=distractors, corrupted=corrupted)
 
     def group(
         self,
@@ -152,7 +150,7 @@ class CutPaste:
         *,
         name: str | None = None,
         distractors: tuple[int, int] = (0, 3),
-        spoiled: float | None = None,
+        corrupted: float | None = None,
     ) -> Group:
         """Make a group.
 
@@ -161,18 +159,18 @@ class CutPaste:
             n: images in it.
             name: the common class; None for any.
             distractors: fewest and most in an image.
-            spoiled: share of SISMs that are plainly wrong; None for a random share up to 0.4.
+            corrupted: share of SISMs that are plainly wrong; None for a random share up to 0.4.
         """
         rng = np.random.default_rng(seed)
         name = self.names[rng.integers(len(self.names))] if name is None else name
         others = self._others[name]
         decoy = others[rng.integers(len(others))]
-        share = rng.uniform(0, 0.4) if spoiled is None else spoiled
-        # The seed decides which SISMs are spoiled first: a higher share spoils the same ones and more.
+        share = rng.uniform(0, 0.4) if corrupted is None else corrupted
+        # The seed decides which SISMs are corrupted first: a higher share corrupts the same ones and more.
         wrong = set(np.random.default_rng([*seed, 1]).permutation(n)[: round(share * n)].tolist())
         images, masks, sisms = np.empty((n, SIZE, SIZE, 3), np.uint8), *np.empty((2, n, SIZE, SIZE), np.uint8)
         for i in range(n):
-            # Its own stream per image and purpose: a spoiled SISM changes nothing else.
+            # Its own stream per image and purpose: a corrupted SISM changes nothing else.
             scene = np.random.default_rng([*seed, 2, i])
             count = int(scene.integers(distractors[0], distractors[1] + 1))
             strangers = [others[scene.integers(len(others))] for _ in range(count)]
@@ -181,7 +179,7 @@ class CutPaste:
             images[i], common, salient = self._scene(scene, name, strangers)
             masks[i] = np.where(common > 0.5, 255, 0)
             sism_rng = np.random.default_rng([*seed, 3, i])
-            sisms[i] = spoiled_sism(sism_rng, salient) if i in wrong else sism(sism_rng, salient)
+            sisms[i] = corrupted_sism(sism_rng, salient) if i in wrong else sism(sism_rng, salient)
         return Group(name, images, masks, sisms)
 
     def _scene(
@@ -290,7 +288,7 @@ def sism(rng: np.random.Generator, objects: Sequence[Plane]) -> Pixels:
     return _blurred(rng, plane)
 
 
-def spoiled_sism(rng: np.random.Generator, objects: Sequence[Plane]) -> Pixels:
+def corrupted_sism(rng: np.random.Generator, objects: Sequence[Plane]) -> Pixels:
     """A SISM that is plainly wrong: blobs anywhere, next to nothing, everything, or all but the objects."""
     kind = rng.integers(4)
     if kind == 0:
@@ -391,8 +389,8 @@ def _cutouts(folder: Path) -> dict[str, list[Pixels]]:
         if cutout.ndim != 3 or cutout.shape[2] != 4 or cutout.dtype != np.uint8 or not cutout[..., 3].any():
             raise InputError(f"{path}: a cut-out is an 8-bit RGBA picture with something that is not transparent")
         classes.setdefault(path.parent.name, []).append(cv2.cvtColor(cutout, cv2.COLOR_BGRA2RGBA))
-    if few := [name for name, members in classes.items() if len(members) < FEWEST_CUTOUTS]:
-        raise InputError(f"{folder / few[0]}: a class needs at least {FEWEST_CUTOUTS} cut-outs, it has 1")
+    if few := [name for name, members in classes.items() if len(members) < MIN_CUTOUTS]:
+        raise InputError(f"{folder / few[0]}: a class needs at least {MIN_CUTOUTS} cut-outs, it has 1")
     if lonely := [name for name in classes if not any(not related(name, other) for other in classes)]:
         raise InputError(f"{folder}: no other class for distractors in images of {lonely[0]!r}")
     if not classes:

@@ -29,7 +29,7 @@ from runtime.threads import cores
 OUT_OF_MEMORY = 1  # MNN's ErrorCode
 # MNN counts a tensor's bytes in 32 bits: beyond that it computes other maps without a word, or crashes. The largest
 # tensors are refine_1's joined features and Co4's correlation maps.
-MOST_BYTES = 2**31 - 1
+MAX_BYTES = 2**31 - 1
 FEATURES, PADDED = 96, 16  # channels at width 1, at 224×224 pixels; to a multiple of which MNN may pad them
 PAIR_BYTES = 4 * 2 * 28 * 28  # of one image with one image of its group, or of the bank: two maps
 
@@ -90,7 +90,7 @@ class MnnBackend:
                     "icnet build --backend mnn makes files for any number"
                 )
         pairs = {"intra": 0, "banked": images * bank}.get(kind, images**2)
-        if max(images * self._image_bytes, pairs * PAIR_BYTES) > MOST_BYTES:
+        if max(images * self._image_bytes, pairs * PAIR_BYTES) > MAX_BYTES:
             beside = f" with a bank of {bank}" if kind == "banked" else ""
             raise ModelError(
                 f"{self.path}: {images} images{beside} are too many at once for MNN, which has 2 GB per tensor; run "

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.backends.cuda import PageLocked
 from runtime.contract import WEIGHTS, Interface, TensorSpec, check_contract
-from runtime.cuda import PageLocked
 from runtime.errors import DependencyError, ICNetError, ModelError, one_line
 from runtime.files import check_model_file
 
 CPU = "CPUExecutionProvider"
 CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")  # those that compute on an NVIDIA GPU
 DEVICE = "cuda"  # ONNX Runtime's name for that GPU's memory
-MOST_BINDINGS = 4  # calls at once; more would only wait inside the GPU
+MAX_BINDINGS = 4  # calls at once; more would only wait inside the GPU
 KEPT_IMAGES = 64  # buffers for larger groups are freed after the call
 Provider = str | tuple[str, dict[str, Any]]
 
@@ -172,9 +172,9 @@ class _Bindings:
         self._closed = False
 
     def run(self, *tensors: NDArray[Any]) -> NDArray[np.float32]:
-        """Run a call through a free binding: a new one if there is none, until there are MOST_BINDINGS."""
+        """Run a call through a free binding: a new one if there is none, until there are MAX_BINDINGS."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._free or self._made < MOST_BINDINGS)
+            self._changed.wait_for(lambda: self._closed or self._free or self._made < MAX_BINDINGS)
             if self._closed:
                 raise ICNetError("this Predictor is closed")
             if not self._free:

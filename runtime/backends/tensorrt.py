@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.backends.cuda import Capture, Cuda
 from runtime.contract import ENGINE_NAME, Interface, TensorSpec, check_contract
-from runtime.cuda import Capture, Cuda
 from runtime.errors import DependencyError, ICNetError, ModelError
 
 logger = logging.getLogger(__name__)

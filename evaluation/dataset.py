@@ -1,0 +1,145 @@
+"""A data set with ground truths, and maps for it, group by group, from wherever they come.
+
+DATA/img/GROUP/NAME.jpg, DATA/gt/GROUP/NAME.png, DATA/sism/GROUP/NAME.png
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.metrics import Metrics, Scores
+from runtime.errors import ICNetError, InputError
+from runtime.groups import Group, find_groups, matching
+from runtime.preprocess import ImageSource, grey_image, image_tensor
+from runtime.sisms import builtin_sism
+
+BUILTIN = "builtin"
+
+Maps = Sequence[NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set in the paper's layout.
+
+    sisms is the folder of the SISMs, "builtin", or None if there are none; ground_truths has the files of each group.
+    """
+
+    path: Path
+    sisms: Path | str | None
+    groups: tuple[Group, ...]
+    ground_truths: tuple[tuple[Path, ...], ...]
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return Path(os.path.abspath(self.path)).name  # noqa: PTH100  (a link keeps its own name)
+
+    @property
+    def images(self) -> int:
+        """The number of images."""
+        return sum(len(group.images) for group in self.groups)
+
+    def inputs(self) -> Iterator[tuple[Sequence[ImageSource], Sequence[ImageSource]]]:
+        """(images, SISMs) of every group, for `Predictor.predict_groups`.
+
+        Raises:
+            InputError: the data set was listed without SISMs.
+        """
+        if self.sisms is None:
+            raise InputError(f"{self.path}: listed without SISMs, which a model needs")
+        for group in self.groups:
+            built = (builtin_sism(image_tensor(image)[0]) for image in group.images)
+            yield group.images, list(built) if group.sisms is None else group.sisms
+
+    def maps_in(self, folder: Path) -> tuple[tuple[Path, ...], ...]:
+        """The map of every image in `folder`, which has GROUP/NAME.png.
+
+        Raises:
+            InputError: an image has none.
+        """
+        return tuple(matching(group.images, folder / group.name, "map") for group in self.groups)
+
+    def read(self, files: Iterable[Sequence[ImageSource]]) -> Iterator[list[NDArray[np.uint8]]]:
+        """Maps or SISMs, uint8 [H, W], of every group; one of another size than its ground truth's is resized to it.
+
+        Raises:
+            InputError: a file can't be read.
+        """
+        for group, ground_truths in zip(files, self.ground_truths, strict=True):
+            yield [grey_image(file, _size(gt)) for file, gt in zip(group, ground_truths, strict=True)]
+
+    def check(self) -> Iterator[None]:
+        """Read every image and ground truth, group by group, so that a bad one is named before hours of computing.
+
+        Raises:
+            InputError: one can't be read, or they differ in size.
+        """
+        for group, ground_truths in zip(self.groups, self.ground_truths, strict=True):
+            for image, gt in zip(group.images, ground_truths, strict=True):
+                size, expected = _size(gt), image_tensor(image)[1]
+                if size != expected:
+                    raise InputError(
+                        f"{gt}: {size[0]}×{size[1]} pixels, but {image} has {expected[0]}×{expected[1]}; "
+                        "a ground truth must be of its image's size"
+                    )
+            yield
+
+
+def find_dataset(path: Path, sisms: Path | str | None) -> Dataset:
+    """List a data set; every image has a ground truth, and a SISM if there is a folder of them.
+
+    Args:
+        path: the data set's folder.
+        sisms: the folder of GROUP/NAME.png SISMs; "builtin" for OpenCV's static saliency; None for none.
+
+    Raises:
+        InputError: a folder or file is missing; the message names it.
+    """
+    for folder in ("img", "gt"):
+        if path.is_dir() and not (path / folder).is_dir():
+            raise InputError(f"{path}: no {folder} folder in it: expected {path / folder}/GROUP/NAME.png")
+    groups = find_groups(path, None if sisms is None or sisms == BUILTIN else Path(sisms))
+    for group in groups:
+        if group.problem is not None:
+            raise group.problem
+    ground_truths = tuple(matching(group.images, path / "gt" / group.name, "ground truth") for group in groups)
+    return Dataset(path, sisms, tuple(groups), ground_truths)
+
+
+def evaluate(dataset: Dataset, maps: Iterable[Maps]) -> Metrics:
+    """Score a data set's maps, reading them as they come.
+
+        with Predictor("icnet.onnx") as predictor:
+            print(evaluate(dataset, predictor.predict_groups(dataset.inputs())).max_f)
+
+    Args:
+        dataset: the data set.
+        maps: for each of its groups, in order, one map per image (see `Scores.add`).
+
+    Raises:
+        ICNetError: what kept a group from being scored; the message names it. No group is ever left out.
+    """
+    scores, source = Scores(), iter(maps)
+    for group, ground_truths in zip(dataset.groups, dataset.ground_truths, strict=True):
+        try:
+            found = next(source, None)
+            if found is None or len(found) != len(ground_truths):
+                raise InputError(f"{len(found or ())} maps for {len(ground_truths)} images")
+            for map_, gt in zip(found, ground_truths, strict=True):
+                scores.add(map_, grey_image(gt), str(gt))
+        except ICNetError as error:
+            raise type(error)(f"{dataset.name}, group {group.name}: {error}") from error
+    try:
+        return scores.results()
+    except InputError as error:
+        raise InputError(f"{dataset.path}: {error}") from error
+
+
+def _size(file: Path) -> tuple[int, int]:
+    height, width = grey_image(file).shape
+    return width, height

@@ -1,0 +1,37 @@
+"""`icnet bank`: a folder of images to a bank of their SIVs, for `icnet predict --bank`."""
+
+import argparse
+from pathlib import Path
+
+from runtime.commands.predict import add_model_arguments, open_predictor, read_group, sism_folder
+from runtime.errors import InputError, OutputError
+from runtime.files import same_file
+from runtime.groups import find_groups
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `icnet bank`."""
+    parser.add_argument("path", type=Path, help="a folder with the images of one group")
+    add_model_arguments(parser)
+    parser.add_argument("--output", type=Path, required=True, help="the .npz file to write, a row per image by name")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the bank of the group at `args.path`.
+
+    Raises:
+        InputError: the group can't be used, or there are several.
+        ModelError: there is no bank export, or it fails.
+        OutputError: the bank can't be written.
+    """
+    if (args.path / "img").is_dir():
+        raise InputError(f"{args.path}: a data set; name the folder of one group, e.g. {args.path / 'img'}/GROUP")
+    (group,) = find_groups(args.path, sism_folder(args.path, args.sisms))
+    if any(same_file(args.output, file) for file in (args.model, *group.images, *(group.sisms or ()))):
+        raise OutputError(f"{args.output}: is an input; choose another --output")
+    with open_predictor(args.model, args.threads, banks_only=True) as predictor:
+        images, sisms, _ = read_group(group, args.threads)
+        bank = predictor.bank(images, sisms if group.sisms is None else group.sisms)
+    bank.save(args.output)
+    print(f"{args.output}: {len(bank)} image{'s' * (len(bank) != 1)}, for icnet predict --bank")
+    return 0

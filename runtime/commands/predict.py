@@ -1,0 +1,182 @@
+"""`icnet predict`: folders of images in, folders of co-saliency maps and contact sheets out."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from runtime.bank import Bank
+from runtime.commands.contact_sheet import contact_sheet
+from runtime.commands.results import SHEET, GroupResults
+from runtime.errors import ICNetError, InputError, ModelError
+from runtime.files import bank_files, digest
+from runtime.groups import Group, find_groups
+from runtime.predictor import Predictor
+from runtime.preprocess import image_tensor, restore_map, save_map, sism_tensor
+from runtime.sisms import builtin_sism
+from runtime.threads import in_threads
+
+BUILTIN = "builtin"
+GROUPS_AT_ONCE = 16  # read, computed and written in threads with --pack
+
+Predict = Callable[[NDArray[np.uint8], NDArray[np.uint8]], NDArray[np.float32]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `icnet predict`."""
+    parser.add_argument("path", type=Path, help="a folder of images (one group), or a data set with img/GROUP/ folders")
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for GROUP/NAME.png maps and GROUP/contact_sheet.jpg"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the groups that are finished there and would come out the same"
+    )
+    several = parser.add_mutually_exclusive_group()
+    several.add_argument(
+        "--pack", action="store_true", help="several groups in one call; takes a model from icnet export --packed"
+    )
+    several.add_argument("--bank", type=Path, help="compare each image with this bank, from icnet bank, not its group")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that `icnet bank` has too."""
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        help="an exported model, e.g. icnet.onnx; icnet.intra.onnx and icnet.banked.onnx beside it are its bank export",
+    )
+    parser.add_argument(
+        "--sisms",
+        metavar="DIR",
+        help="folder with a SISM NAME.png per image (a data set: GROUP/NAME.png; default PATH/sism); "
+        f"or '{BUILTIN}': OpenCV's static saliency, a weak stand-in",
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predict every group at `args.path`; a group that fails is reported and does not stop the others.
+
+    Returns:
+        0, or 2 if any group failed.
+
+    Raises:
+        ICNetError: nothing could be started.
+    """
+    groups = find_groups(args.path, sism_folder(args.path, args.sisms))
+    bank = None if args.bank is None else Bank.load(args.bank)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    failed = skipped = 0
+    with open_predictor(args.model, args.threads, banks_only=bank is not None) as predictor:
+        if args.pack and not predictor.packed:
+            raise InputError(
+                f"{args.model}: takes one group at a time; --pack takes a model from icnet export --packed"
+            )
+        model = Path(predictor.path), digest(Path(predictor.path))
+
+        def work(group: Group) -> bool:
+            """Predict a group; whether that was to be done."""
+            if group.problem is not None:
+                raise group.problem
+            results = GroupResults(args.output / group.name, group, model, args.bank)
+            if args.resume and results.finished():
+                return False
+            predict_group(partial(predictor.predict_tensors, bank=bank), group, results, args.threads)
+            return True
+
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        pool = ThreadPoolExecutor(GROUPS_AT_ONCE if args.pack else 1)
+        try:
+            with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+                bar = progress.add_task("", total=len(groups))
+                for group, done in [(group, pool.submit(work, group)) for group in groups]:
+                    progress.update(bar, description=escape(group.name))
+                    try:
+                        skipped += not done.result()
+                    except ICNetError as error:
+                        failed += 1
+                        console.print(f"icnet predict: error: {error}", style="red", markup=False)
+                    progress.advance(bar)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if skipped:
+        print(f"{skipped} of {len(groups)} groups were finished already")
+    if failed and len(groups) > 1:
+        console.print(f"{failed} of {len(groups)} groups failed; mend them and go on with --resume")
+    if failed < len(groups):
+        folder = args.output / (groups[0].name if len(groups) == 1 else "GROUP")
+        print(f"maps: {folder}/*.png, to look at: {folder / SHEET}")
+    return 2 if failed else 0
+
+
+def predict_group(predict: Predict, group: Group, results: GroupResults, threads: int | None = None) -> None:
+    """Write a map for every image (8-bit grey, of its own size), then the group's contact sheet."""
+    results.begin()
+    images, sisms, sizes = read_group(group, threads)
+    maps = predict(images, sisms)
+
+    def write(source: Path, tensor: NDArray[np.float32], size: tuple[int, int]) -> None:
+        results.write(f"{source.stem}.png", partial(save_map, restore_map(tensor, size)))
+
+    in_threads([partial(write, *one) for one in zip(group.images, maps, sizes, strict=True)], threads)
+    sheet = contact_sheet(images, sisms, maps, sizes, group.name)
+    results.write(SHEET, partial(sheet.save, quality=90))
+    results.finish()
+
+
+def read_group(
+    group: Group, threads: int | None = None
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8], Sequence[tuple[int, int]]]:
+    """A group's images and SISMs as the network's tensors, and the images' own (width, height)."""
+    images, sizes = zip(*in_threads([partial(image_tensor, image) for image in group.images], threads), strict=True)
+    if group.sisms is None:
+        sisms = in_threads([partial(builtin_sism, image) for image in images], threads)
+    else:
+        sisms = in_threads([partial(sism_tensor, sism) for sism in group.sisms], threads)
+    return np.stack(images), np.stack(sisms), sizes
+
+
+def open_predictor(model: Path, threads: int | None, banks_only: bool) -> Predictor:
+    """The Predictor of a model and of the bank export beside it, if there is one.
+
+    Args:
+        model: a model file; or the name that a bank export was given, which has no file of that name.
+        threads: CPU threads.
+        banks_only: leave the model itself out.
+
+    Raises:
+        ModelError: no such files, or they can't be used.
+    """
+    banks = bank_files(model)
+    missing = [file for file in banks if not file.exists()]
+    if banks_only and missing:
+        raise ModelError(f"{missing[0]}: no such file; make it with icnet export --banked --output {model}")
+    return Predictor(
+        None if banks_only or (not model.exists() and not missing) else model,
+        bank=None if missing else banks,
+        threads=threads,
+    )
+
+
+def sism_folder(path: Path, sisms: str | None) -> Path | None:
+    """The folder of the SISMs of what is at `path`, given --sisms; None for built-in ones.
+
+    Raises:
+        InputError: there is none.
+    """
+    if sisms == BUILTIN:
+        return None
+    if sisms is not None:
+        return Path(sisms)
+    if (path / "img").is_dir() and (path / "sism").is_dir():
+        return path / "sism"
+    raise InputError(f"{path}: no SISMs: name their folder with --sisms DIR, or take --sisms {BUILTIN}")

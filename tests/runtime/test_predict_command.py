@@ -1,0 +1,383 @@
+"""`icnet predict` on folders: what it writes, how it goes on, and what it says when something is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import runtime.commands.predict
+from export.to_onnx import write_onnx
+from runtime import Predictor
+from runtime.sisms import builtin_sism
+from tests.helpers import BIRDS, random_network
+
+ROOT = Path(__file__).parents[2]
+DOGS = ["dogs/c.png", "dogs/contact_sheet.jpg", "dogs/icnet.json"]
+BUILTIN = ("--sisms", "builtin")
+CATS = ["cats/a.png", "cats/b.png", "cats/contact_sheet.jpg", "cats/icnet.json"]
+
+
+def files(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.fixture
+def dataset(image_folder):
+    """img/ and sism/ with two groups, in the layout of the co-saliency data sets."""
+    image_folder("data/img/cats", "a.jpg", "b.png", size=(60, 40))
+    image_folder("data/img/dogs", "c.JPEG", size=(30, 50))
+    image_folder("data/sism/cats", "a.png", "b.png", mode="L")
+    return image_folder("data/sism/dogs", "c.png", mode="L").parents[1]
+
+
+def test_one_folder_of_photographs(icnet, model_file, tmp_path):
+    out = tmp_path / "out"
+    code, text, _ = icnet("predict", BIRDS, "--model", model_file, "--sisms", "builtin", "--output", out)
+    assert code == 0
+    names = sorted(p.stem for p in BIRDS.glob("*.jpg"))
+    assert files(out) == sorted([*(f"bird/{n}.png" for n in names), "bird/contact_sheet.jpg", "bird/icnet.json"])
+    assert str(out) in text
+    for name in names:
+        image, found = Image.open(BIRDS / f"{name}.jpg"), Image.open(out / "bird" / f"{name}.png")
+        assert (found.size, found.mode) == (image.size, "L")
+
+
+@pytest.mark.parametrize("model_file", ["onnx_file", "mnn_file"], indirect=True, ids=["onnx", "mnn"])
+def test_maps_are_those_of_the_predictor(icnet, model_file, dataset, tmp_path):
+    assert icnet("predict", dataset, "--model", model_file, "--output", tmp_path / "out")[0] == 0
+    with Predictor(model_file) as predictor:
+        images = [dataset / "img/cats/a.jpg", dataset / "img/cats/b.png"]
+        expected = predictor(images, [dataset / "sism/cats/a.png", dataset / "sism/cats/b.png"])
+    for name, map_ in zip("ab", expected, strict=True):
+        written = np.asarray(Image.open(tmp_path / f"out/cats/{name}.png"))
+        assert abs(written - map_ * 255).max() <= 0.51
+
+
+def test_a_data_set_finds_its_own_sisms(icnet, model_file, dataset, tmp_path):
+    out = tmp_path / "out"
+    assert icnet("predict", dataset, "--model", model_file, "--output", out)[0] == 0
+    assert files(out) == [*CATS, *DOGS]
+    assert Image.open(out / "dogs/c.png").size == (30, 50)
+    made_from = json.loads((out / "dogs/icnet.json").read_text())["made_from"]
+    assert made_from["sisms"] == {"c.png": sha256((dataset / "sism/dogs/c.png").read_bytes()).hexdigest()}
+
+
+def test_the_contact_sheet_shows_image_sism_map_and_overlay(icnet, model_file, image_folder, tmp_path):
+    folder = image_folder("one")
+    Image.new("RGB", (300, 200), (255, 0, 0)).save(folder / "red.png")
+    sisms = tmp_path / "sisms"
+    sisms.mkdir()
+    Image.new("L", (30, 20), 200).save(sisms / "red.png")
+    assert icnet("predict", folder, "--model", model_file, "--sisms", sisms, "--output", tmp_path / "out")[0] == 0
+    sheet = np.asarray(Image.open(tmp_path / "out/one/contact_sheet.jpg")).astype(int)
+    row = sheet[48 + 75]  # through the middle of the first row's cells, 200 pixels wide with gaps of 6
+    assert abs(row[112] - (255, 0, 0)).max() < 12
+    assert abs(row[112 + 206] - 200).max() < 12
+    map_level = np.asarray(Image.open(tmp_path / "out/one/red.png"))[100, 150]
+    assert abs(row[112 + 2 * 206] - map_level).max() < 16
+
+
+def test_contact_sheets_of_any_group_size_show_every_image():
+    from runtime.commands.contact_sheet import contact_sheet
+
+    for n in (1, 2, 7, 40, 300):
+        images = np.full((n, 224, 224, 3), (0, 255, 0), np.uint8)
+        sheet = contact_sheet(
+            images, np.zeros((n, 224, 224), np.uint8), np.zeros((n, 224, 224), np.float32), [(8, 8)] * n, "g"
+        )
+        green = (np.asarray(sheet) == (0, 255, 0)).all(2).sum()
+        assert green == n * 150 * 150
+        assert max(sheet.size) < 10_000
+
+
+def predicted(icnet, monkeypatch, *arguments):
+    """Run `icnet predict`; the exit code and the groups that were computed."""
+    seen = []
+    predict_group = runtime.commands.predict.predict_group
+    with monkeypatch.context() as patch:
+
+        def seen_by(predict, group, *rest):
+            seen.append(group.name)
+            predict_group(predict, group, *rest)
+
+        patch.setattr(runtime.commands.predict, "predict_group", seen_by)
+        code, out, _ = icnet("predict", *arguments)
+    return code, seen, out
+
+
+def stop_at(name, monkeypatch):
+    predict_group = runtime.commands.predict.predict_group
+
+    def stopping(predictor, group, results, *rest):
+        if group.name == name:
+            results.begin()
+            raise KeyboardInterrupt
+        predict_group(predictor, group, results, *rest)
+
+    monkeypatch.setattr(runtime.commands.predict, "predict_group", stopping)
+
+
+def test_resume_goes_on_where_it_stopped(icnet, model_file, dataset, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    arguments = (dataset, "--model", model_file, "--output", out)
+    with monkeypatch.context() as patch:
+        stop_at("dogs", patch)
+        code, _, err = icnet("predict", *arguments)
+    assert code == 130
+    assert "stopped" in err
+    assert files(out) == [*CATS, "dogs/icnet.json"]  # results appear as they are ready
+    before = (out / "cats/a.png").stat().st_mtime_ns
+
+    code, seen, text = predicted(icnet, monkeypatch, *arguments, "--resume")
+    assert (code, seen) == (0, ["dogs"])
+    assert "1 of 2 groups were finished already" in text
+    assert (out / "cats/a.png").stat().st_mtime_ns == before
+    assert predicted(icnet, monkeypatch, *arguments, "--resume")[:2] == (0, [])
+    assert predicted(icnet, monkeypatch, *arguments)[:2] == (0, ["cats", "dogs"])
+
+
+def change_model(out, dataset, arguments, tmp_path):
+    other = tmp_path / "other.onnx"
+    write_onnx(random_network(1 / 32), other)
+    arguments[2] = other
+
+
+def change_sisms(out, dataset, arguments, tmp_path):
+    arguments += ["--sisms", "builtin"]
+
+
+def change_an_image(out, dataset, arguments, tmp_path):
+    for group in ("cats/b.png", "dogs/c.JPEG"):
+        Image.new("RGB", (50, 60), (1, 200, 3)).save(dataset / "img" / group)
+
+
+def change_a_sism(out, dataset, arguments, tmp_path):
+    for group in ("cats/b.png", "dogs/c.png"):
+        Image.new("L", (50, 60), 77).save(dataset / "sism" / group)
+
+
+def remove_records(out, dataset, arguments, tmp_path):
+    for record in out.glob("*/icnet.json"):
+        record.unlink()
+    for file in out.glob("*/*.*"):
+        file.unlink()
+
+
+def corrupt_a_map(out, dataset, arguments, tmp_path):
+    (out / "cats/a.png").write_bytes(b"")
+    (out / "dogs/c.png").unlink()
+
+
+@pytest.mark.parametrize(
+    "change", [change_model, change_sisms, change_an_image, change_a_sism, remove_records, corrupt_a_map]
+)
+def test_resume_computes_anew_what_would_come_out_otherwise(icnet, model_file, dataset, tmp_path, monkeypatch, change):
+    out = tmp_path / "out"
+    arguments = [dataset, "--model", model_file, "--output", out]
+    assert predicted(icnet, monkeypatch, *arguments)[0] == 0
+    change(out, dataset, arguments, tmp_path)
+    assert predicted(icnet, monkeypatch, *arguments, "--resume")[:2] == (0, ["cats", "dogs"])
+    resumed = {name: (out / name).read_bytes() for name in files(out)}
+    assert predicted(icnet, monkeypatch, *arguments)[0] == 0
+    assert resumed == {name: (out / name).read_bytes() for name in files(out)}
+
+
+def test_a_group_that_lost_an_image_is_computed_anew_and_its_old_map_goes(
+    icnet, model_file, dataset, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    arguments = (dataset, "--model", model_file, "--output", out)
+    assert predicted(icnet, monkeypatch, *arguments)[0] == 0
+    (dataset / "img/cats/a.jpg").unlink()
+    assert predicted(icnet, monkeypatch, *arguments, "--resume")[:2] == (0, ["cats"])
+    assert files(out / "cats") == ["b.png", "contact_sheet.jpg", "icnet.json"]
+
+
+def test_two_runs_at_once_are_not_taken_for_one(icnet, model_file, dataset, tmp_path, monkeypatch):
+    """The other run's maps lie there, this run's record comes last: not finished."""
+    out = tmp_path / "out"
+    arguments = (dataset, "--model", model_file, "--output", out)
+    finish = runtime.commands.predict.GroupResults.finish
+
+    def overtaken(results):
+        for path in results.folder.glob("*.png"):
+            Image.new("L", (5, 5)).save(path)
+        finish(results)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.commands.predict.GroupResults, "finish", overtaken)
+        assert icnet("predict", *arguments)[0] == 0
+    assert predicted(icnet, monkeypatch, *arguments, "--resume")[1] == ["cats", "dogs"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: (d / "img/cats/b.png").write_bytes(b""), "b.png: the file is empty"),
+        (lambda d: (d / "img/cats/b.png").write_bytes(b"P6\nabc 12 255\nxxxx"), "b.png: damaged or truncated"),
+        (lambda d: (d / "img/cats/a.jfif").symlink_to("nowhere"), "both become a.png"),
+        (lambda d: (d / "img/cats/z.jpe").symlink_to("nowhere"), "z.jpe: no SISM for it"),
+        (lambda d: (d / "sism/cats/b.png").unlink(), "b.png: no SISM for it: expected"),
+        (lambda d: [p.unlink() for p in (d / "img/cats").iterdir()], "cats: no images in it"),
+        (lambda d: ((d / "img/cats/a.jpg").unlink(), os.mkfifo(d / "img/cats/a.jpg")), "a.jpg: not a regular file"),
+    ],
+)
+def test_a_bad_group_does_not_stop_the_others(icnet, model_file, dataset, tmp_path, change, message):
+    out = tmp_path / "out"
+    change(dataset)
+    code, text, err = icnet("predict", dataset, "--model", model_file, "--output", out)
+    assert code == 2
+    assert message in err
+    assert "1 of 2 groups failed" in err
+    assert [name for name in files(out) if name.startswith("dogs")] == DOGS
+    assert not list(out.glob("cats/*.png"))
+    assert str(out) in text
+
+
+def test_an_interrupted_write_leaves_nothing_half_written(model_file, dataset, tmp_path, monkeypatch, icnet):
+    save = Image.Image.save
+
+    def full_disk(image, path, *args, **kwargs):
+        save(image, path, *args, **kwargs)
+        if Path(path).parent.name == "dogs":
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full_disk)
+    out = tmp_path / "out"
+    code, _, err = icnet("predict", dataset, "--model", model_file, "--output", out)
+    assert code == 2
+    assert "c.png: can't be written: No space left on device" in err.replace("\n", "")
+    assert files(out) == [*CATS, "dogs/icnet.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        (lambda d: None, ("nowhere", "--sisms", "builtin"), "nowhere: no such folder"),
+        (lambda d: (d / "empty").mkdir(), ("data/empty", "--sisms", "builtin"), "empty: no images in it"),
+        (lambda d: None, ("data/img/cats",), "no SISMs: name their folder with --sisms DIR"),
+        (lambda d: None, ("data/img/cats", "--sisms", "nowhere"), "nowhere: no such folder (it should hold the SISMs)"),
+        (
+            lambda d: (d / "img/cats/a.png").write_bytes(b""),
+            ("data/img/cats", "--sisms", "builtin"),
+            "a.jpg and a.png would both become a.png",
+        ),
+        (
+            lambda d: (d / "sism/cats/a.jpg").write_bytes(b""),
+            ("data/img/cats", "--sisms", "data/sism/cats"),
+            "a.jpg and a.png could both be the SISM of a",
+        ),
+        (
+            lambda d: (d / "img/cats/a.jpg").write_bytes(b"x"),
+            ("data/img/cats", "--sisms", "builtin"),
+            "a.jpg: not an image",
+        ),
+        (lambda d: None, ("data", "--model", "none.onnx"), "none.onnx: no such model file"),
+        (lambda d: (d / "text.onnx").write_text("x"), ("data", "--model", "data/text.onnx"), "not an ONNX model"),
+        (lambda d: (d / "file").touch(), ("data/img/cats", *BUILTIN, "--output", "data/file"), "is not a folder"),
+        (lambda d: None, ("data/img/cats", *BUILTIN, "--output", "data/img"), "holds a.jpg, an input of this run"),
+        (
+            lambda d: None,
+            ("data/img/cats", "--sisms", "data/sism/cats", "--output", "data/sism"),
+            "holds a.png, an input",
+        ),
+        (lambda d: None, ("data/img/cats", *BUILTIN, "--output", "data/sism"), "a.png: was not made by icnet predict"),
+        (
+            lambda d: ((d / "o/cats").mkdir(parents=True), (d / "o/cats/icnet.json").write_text('{"mine": 1}')),
+            ("data/img/cats", *BUILTIN, "--output", "data/o"),
+            "icnet.json: was not made by icnet predict",
+        ),
+        (lambda d: (d / "loop").symlink_to("loop"), ("data/img/cats", *BUILTIN, "--output", "data/loop"), "loop"),
+        (lambda d: None, ("a" * 300, *BUILTIN), "File name too long"),
+        (lambda d: None, ("data/img/cats", *BUILTIN, "--model", "a" * 300), "File name too long"),
+        (lambda d: None, ("data", "--threads", "0"), "threads=0: expected 1 to 1024"),
+        (lambda d: None, ("data", "--threads", "2147483648"), "expected 1 to 1024"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(
+    icnet, model_file, dataset, tmp_path, monkeypatch, change, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    change(dataset)
+    before = {p: p.read_bytes() for p in dataset.rglob("*") if p.is_file()}
+    code, out, err = icnet("predict", "--model", model_file, "--output", "out", *arguments)
+    assert code == 2
+    assert out == ""
+    lines = [line for line in err.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not list(tmp_path.glob("out/**/*.png"))
+    after = {p: p.read_bytes() for p in dataset.rglob("*") if p.is_file()}
+    assert before == {p: after[p] for p in before}
+
+
+def test_the_model_is_not_overwritten_by_a_map(icnet, model_file, image_folder, tmp_path):
+    folder = image_folder("one", "a.jpg")
+    model = image_folder("out/one") / "a.png"
+    model.write_bytes(model_file.read_bytes())
+    code, _, err = icnet("predict", folder, "--model", model, *BUILTIN, "--output", tmp_path / "out")
+    assert code == 2
+    assert "holds a.png, an input of this run" in err
+    assert model.read_bytes() == model_file.read_bytes()
+
+
+def test_names_that_rich_or_the_terminal_would_trip_over(icnet, model_file, image_folder, tmp_path):
+    image_folder("data/img/[bold]x[y]", "a.jpg")
+    image_folder("data/img/猫 cats", "ä [x] b.jpg")
+    out = tmp_path / "[/out]"
+    code, text, _ = icnet("predict", tmp_path / "data", "--model", model_file, *BUILTIN, "--output", out)
+    assert code == 0
+    assert str(out) in text
+    assert (out / "猫 cats" / "ä [x] b.png").exists()
+
+
+def test_a_terminal_that_can_not_print_a_name(model_file, image_folder, tmp_path):
+    folder = image_folder("猫", "a.jpg")
+    command = ["predict", folder, "--model", model_file, *BUILTIN, "--output", tmp_path / "日"]
+    done = subprocess.run(
+        [sys.executable, "-m", "icnet_cli", *map(str, command)],
+        cwd=ROOT, capture_output=True, check=False, env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "日/猫/a.png").exists()
+
+
+def test_builtin_sisms_mark_what_stands_out():
+    image = np.full((100, 100, 3), 90, np.uint8)
+    image[40:60, 40:60] = (250, 40, 40)
+    sism = builtin_sism(image)
+    assert (sism.shape, sism.dtype, sism.max()) == ((100, 100), np.uint8, 255)
+    assert sism[42:58, 42:58].mean() > 3 * sism[:20, :20].mean() + 10
+    assert (builtin_sism(np.zeros((50, 50, 3), np.uint8)) == 0).all()
+
+
+@pytest.mark.parametrize("command", [[], ["predict"], ["export"], ["evaluate"]])
+def test_help_tells_what_there_is(command):
+    done = subprocess.run(
+        [sys.executable, "-m", "icnet_cli", *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("usage: icnet")
+
+
+def test_the_export_script_is_the_command(tmp_path):
+    """From anywhere, without the package being installed on the path."""
+    script = ROOT / "export" / "to_onnx.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--checkpoint", "none.pth", "--output", "x.onnx"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "icnet export: error: none.pth: no such file\n"
+
+
+def test_a_missing_package_is_named_with_its_extra():
+    code = "import sys; sys.modules['torch'] = None; import icnet_cli; sys.exit(icnet_cli.main(['export']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "icnet export: error: torch is not installed: pip install 'icnet-deploy[cpu,export]'\n"

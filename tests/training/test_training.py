@@ -1,0 +1,300 @@
+import argparse
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import training.train
+from export.checkpoint import load_backbone, load_checkpoint, read_checkpoint, save_checkpoint
+from export.icnet import MEAN, STD, ICNet
+from export.to_onnx import write_onnx
+from runtime import InputError, Predictor
+from tests.helpers import random_network
+from training.batches import DataSetBatches
+from training.pretrain import Classifier, backbone
+from training.progress import half_cosine
+from training.train import AttentionLoss, iou_loss
+
+SMALL = ["--width", 0.0625, "--images", 3, "--lr", 1e-3, "--init", "he"]
+
+
+@pytest.fixture
+def pasted(material):
+    return ["--cutouts", material[0], "--backgrounds", material[1], *SMALL]
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Groups of 4, 3 and 1 images; grey levels tell the images apart, and so do their masks and SISMs."""
+    level = 0
+    for group, n in {"cat": 4, "cow": 3, "solo": 1}.items():
+        for i in range(n):
+            level += 20
+            ramp = np.tile(np.linspace(0, 60, 50).astype(np.uint8), (40, 1))
+            for kind, suffix in (("img", "jpg"), ("gt", "png"), ("sism", "png")):
+                path = tmp_path / "data" / kind / group / f"{i}.{suffix}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture = Image.fromarray(ramp + np.uint8(level))
+                picture.convert("RGB" if kind == "img" else "L").save(path, quality=95)
+    return tmp_path / "data"
+
+
+def test_iou_loss_on_numbers():
+    truth = torch.zeros(2, 1, 224, 224)
+    truth[0, :, :, :112] = 1
+    truth[1] = 1
+    half = torch.full((2, 1, 28, 28), 0.5)  # IoU: 0.5·½ / (½ + 0.5·½) = 1/3, and 1/2
+    assert iou_loss((half,), truth).item() == pytest.approx(1 - (1 / 3 + 1 / 2) / 2)
+    assert iou_loss((half, truth), truth).item() == pytest.approx(1 - (1 / 3 + 1 / 2 + 1 + 1) / 4)
+    assert torch.isfinite(iou_loss((half,), torch.zeros_like(truth)))
+
+
+def test_attention_loss_is_of_both_kinds_of_sivs_at_every_level():
+    network = random_network(1 / 16).train()
+    loss = AttentionLoss(network)
+    images, sisms = torch.randn(3, 3, 224, 224), torch.rand(3, 1, 224, 224)
+    truth = torch.zeros(3, 1, 224, 224)
+    truth[..., :112] = 1
+    expected = []
+    for module in (network.Co6, network.Co5, network.Co4):
+
+        def spy(inputs, fusion=module.cosal_feat):
+            f = torch.nn.functional.normalize(inputs[0].flatten(2), dim=1)
+            half = torch.zeros(fusion.size, fusion.size)
+            half[:, : fusion.size // 2] = 1
+            if fusion.size % 2:
+                half[:, fusion.size // 2] = 0.5
+            for marked in (inputs[1], truth):
+                csa = fusion.attention(f, fusion.sivs(f, marked))[:, 0].view(3, fusion.size, fusion.size)
+                low, high = torch.minimum(csa, half), torch.maximum(csa, half)
+                expected.append(1 - (low.sum((1, 2)) / high.sum((1, 2))).mean().item())
+
+        module.cosal_feat.register_forward_pre_hook(lambda _module, inputs, spy=spy: spy(inputs))
+    network(images, sisms)
+    assert len(expected) == 6
+    assert loss(truth).item() == pytest.approx(np.mean(expected), abs=1e-4)
+
+
+def test_attention_loss_reaches_the_features():
+    network = random_network(1 / 16).train()
+    loss = AttentionLoss(network)
+    network(torch.randn(2, 3, 224, 224), torch.rand(2, 1, 224, 224))
+    loss(torch.ones(2, 1, 224, 224)).backward()
+    assert all(
+        layer.weight.grad.abs().sum() > 0 for layer in (network.conv4_cmprs, network.conv5_cmprs, network.vgg.vgg[0])
+    )
+    assert network.refine_1.cmprs.weight.grad is None  # what makes the maps is not trained by it
+
+
+def test_the_learning_rate_rises_and_falls_to_nothing():
+    rates = [half_cosine(step, 1000) for step in range(1000)]
+    assert rates[0] == pytest.approx(1 / 30)
+    assert 0.99 < max(rates) <= 1
+    assert rates.index(max(rates)) < 40
+    assert rates[40:] == sorted(rates[40:], reverse=True)
+    assert rates[-1] < 1e-5
+
+
+def test_an_epoch_sees_every_image_once_and_skips_single_ones(dataset):
+    batches = DataSetBatches(dataset, seed=0, images=3, epochs=2)
+    assert batches.skipped == ["solo"]
+    assert len(batches) == 2 * batches.per_epoch
+    assert batches.per_epoch == 2  # cat 3 (its fourth alone is skipped), cow 3
+    seen = {}
+    for step in range(2):
+        batch = batches[step]
+        assert [tuple(t.shape) for t in (batch.images, batch.sisms, batch.masks)] == [
+            (3, 224, 224, 3),
+            (3, 224, 224),
+            (3, 224, 224),
+        ]
+        seen[batch.name] = {int(image.float().mean()) for image in batch.images}
+    assert {name: len(levels) for name, levels in seen.items()} == {"cat": 3, "cow": 3}
+    orders = [[batches[step].images.float().mean((1, 2, 3)).tolist() for step in (e, e + 1)] for e in (0, 2)]
+    assert orders[0] != orders[1]
+    again = DataSetBatches(dataset, seed=0, images=3, epochs=2)
+    assert torch.equal(again[3].images, batches[3].images)
+
+
+def test_image_sism_and_mask_are_mirrored_together(dataset):
+    batches = DataSetBatches(dataset, seed=1, images=4, epochs=10)
+    directions = []
+    for step in range(8):
+        batch = batches[step]
+        for image, sism, mask in zip(
+            batch.images.float().mean(3), batch.sisms.float(), batch.masks.float(), strict=True
+        ):
+            ways = {bool(t[:, 0].mean() < t[:, -1].mean()) for t in (image, sism, mask)}
+            assert len(ways) == 1
+            directions.append(ways.pop())
+    assert 0.2 < np.mean(directions) < 0.8
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "message"),
+    [
+        (lambda d: (d / "gt/cow/1.png").unlink(), "1.jpg: no ground truth for it"),
+        (lambda d: (d / "sism/cow/1.png").unlink(), "1.jpg: no SISM for it"),
+        (lambda d: Image.new("L", (9, 8)).save(d / "gt/cow/1.png"), "1.png: (9, 8) pixels, but its image"),
+        (lambda d: Image.new("L", (9, 8)).save(d / "sism/cow/1.png"), "1.png: (9, 8) pixels, but its image"),
+        (lambda d: (d / "gt/cow/1.png").write_bytes(b"x"), "1.png: not an image"),
+        (lambda d: (d / "img").rename(d / "images"), "it has no folder 'img'"),
+    ],
+)
+def test_bad_data_is_named_before_training(corrupt, message, dataset, icnet, tmp_path):
+    corrupt(dataset)
+    code, _, err = icnet("train", "--data", dataset, *SMALL, "--output", tmp_path / "out.pth")
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
+
+
+def test_a_damaged_image_ends_training_with_its_name(dataset, icnet, tmp_path):
+    path = dataset / "img/cat/2.jpg"
+    data = path.read_bytes()
+    path.write_bytes(data[:-20])  # the size can still be read
+    code, _, err = icnet("train", "--data", dataset, *SMALL, "--output", tmp_path / "out.pth")
+    assert code == 2
+    assert "cat/2.jpg: damaged or truncated" in err
+
+
+def test_only_single_images(tmp_path, dataset):
+    for group in ("cat", "cow"):
+        (dataset / "img" / group).rename(tmp_path / group)
+    with pytest.raises(InputError, match="no group of two images or more"):
+        DataSetBatches(dataset, seed=0, images=3, epochs=1)
+
+
+def test_training_learns_and_its_result_is_exported(icnet, material, tmp_path):
+    """One group over and over, so that the loss of every step is of the same images."""
+    output, weights, data = tmp_path / "out.pth", tmp_path / "weights.pth", tmp_path / "data"
+    assert icnet(
+        "paste", "--cutouts", material[0], "--backgrounds", material[1], "--classes", "white", "--images", 3,
+        "--corrupted", 0, "--output", data,
+    )[0] == 0  # fmt: skip
+    options = ["--data", data, *SMALL, "--lr", 3e-3, "--epochs", 40]
+    code, out, err = icnet("train", *options, "--output", output, "--weights", weights)
+    assert (code, err) == (0, "")
+    losses = read_checkpoint(output)["training"]["losses"]
+    assert len(losses) == 40
+    assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.1
+    assert Image.open(output.with_suffix(".png")).size[0] > 500
+    assert "step 40 of 40, loss" in out
+    assert weights.stat().st_size < 0.25 * output.stat().st_size
+    network = load_checkpoint(output)
+    write_onnx(load_checkpoint(weights), tmp_path / "icnet.onnx")
+    rng = np.random.default_rng(0)
+    images, sisms = rng.integers(0, 256, (3, 224, 224, 3), np.uint8), rng.integers(0, 256, (3, 224, 224), np.uint8)
+    with Predictor(tmp_path / "icnet.onnx") as predictor, torch.inference_mode():
+        interface = training.train.Uint8Interface(network)
+        expected = interface(torch.from_numpy(images), torch.from_numpy(sisms)).numpy()
+        difference = np.abs(predictor.predict_tensors(images, sisms) - expected)
+    assert difference.mean() < 0.005 < 0.05 < expected.std()  # FP16 weights swap a few near-equal pixels
+
+
+def test_an_interrupted_training_goes_on_bit_exactly(icnet, pasted, tmp_path, monkeypatch):
+    options = [*pasted, "--steps", 6, "--schedule", "cosine", "--attention-loss", 1, "--clip", 1, "--amp"]
+    assert icnet("train", *options, "--output", tmp_path / "whole.pth")[0] == 0
+    step = training.train._step
+    taken = []
+
+    def interrupted_step(*args):
+        taken.append(1)
+        if len(taken) == 3:
+            os.kill(os.getpid(), signal.SIGINT)  # in the middle of the third
+        return step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.train, "_step", interrupted_step)
+        assert icnet("train", *options, "--output", tmp_path / "parts.pth")[0] == 130
+    assert len(read_checkpoint(tmp_path / "parts.pth")["training"]["losses"]) == 3
+    assert icnet("train", *options, "--output", tmp_path / "parts.pth", "--resume")[0] == 0
+    whole, parts = (read_checkpoint(tmp_path / f"{name}.pth") for name in ("whole", "parts"))
+    assert whole["training"] == parts["training"]
+    assert all(torch.equal(t, parts["state_dict"][name]) for name, t in whole["state_dict"].items())
+    for k, state in whole["optimizer"]["state"].items():
+        assert all(torch.equal(t, parts["optimizer"]["state"][k][name]) for name, t in state.items())
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(icnet, pasted, tmp_path, monkeypatch):
+    losses = []
+
+    def bad_loss(maps, truth):
+        losses.append(1)
+        return iou_loss(maps, truth) * (float("nan") if len(losses) == 4 else 1)
+
+    monkeypatch.setattr(training.train, "iou_loss", bad_loss)
+    code, _, err = icnet("train", *pasted, "--steps", 9, "--save-every", 2, "--output", tmp_path / "out.pth")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "loss nan in step 4, group '" in err
+    assert "out.pth holds an earlier step" in err
+    assert len(read_checkpoint(tmp_path / "out.pth")["training"]["losses"]) == 2
+    load_checkpoint(tmp_path / "out.pth")
+
+
+def test_the_papers_start(tmp_path):
+    save_checkpoint(tmp_path / "whole.pth", random_network(0.25))
+    vgg = random_network(0.25).vgg.vgg
+    torch.save(vgg.state_dict(), tmp_path / "vgg.pth")
+    network = training.train._network(argparse.Namespace(width=0.25, init="paper", backbone=tmp_path / "vgg.pth"))
+    assert all(torch.equal(a, b) for a, b in zip(vgg.parameters(), network.vgg.vgg.parameters(), strict=True))
+    weight, bias = network.Co5.conv[0].weight, network.Co5.conv[0].bias
+    assert weight.std().item() == pytest.approx(0.01, rel=0.1)
+    assert not bias.any()
+    assert network.refine_1.merge_conv[1].weight.eq(1).all()  # batch norms start as the identity
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--init", "paper"], "needs a pretrained --backbone"),
+        (["--images", 1], "--images from 2"),
+        (["--lr", 0], "--lr above 0"),
+        (["--width", 0.3], "not a positive multiple of 1/32"),
+        (["--data", "x"], "give either --data, or"),
+        (["--steps", 0], "--steps"),
+        (["--device", "cuda:7"], "finds no usable GPU"),
+        (["--device", "quantum"], "not a device of PyTorch's"),
+        (["--backbone", "gone.pth"], "gone.pth: no such file"),
+    ],
+)
+def test_bad_options(options, message, icnet, pasted, tmp_path):
+    code, _, err = icnet("train", *pasted, "--steps", 2, "--output", tmp_path / "out.pth", *options)
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_what_can_not_be_resumed(icnet, pasted, tmp_path):
+    output = tmp_path / "out.pth"
+    save_checkpoint(output, ICNet(0.0625))
+    options = ["train", *pasted, "--steps", 2, "--output", output]
+    assert "is there already; --resume" in icnet(*options)[2]
+    assert "has no state of a training to resume" in icnet(*options, "--resume")[2]
+    output.unlink()
+    assert icnet(*options)[0] == 0
+    assert "was trained with other settings: --seed 0" in icnet(*options, "--resume", "--seed", 1)[2]
+
+
+def test_a_pretrained_backbone_is_what_was_trained_with_its_norms_folded(icnet, material, tmp_path):
+    output = tmp_path / "vgg.pth"
+    code, out, err = icnet(
+        "pretrain", "--cutouts", material[0], "--backgrounds", material[1], "--output", output,
+        "--width", 0.0625, "--steps", 3, "--batch", 4,
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "step 3 of 3, loss" in out
+    load_backbone(ICNet(0.0625), output)
+
+    torch.manual_seed(0)
+    model = Classifier(0.125, 5).train()
+    images = torch.randint(0, 256, (8, 64, 64, 3), dtype=torch.uint8)
+    for _ in range(3):
+        model(images)  # statistics that are not the identity
+    model.eval()
+    x = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
+    with torch.no_grad():
+        expected = model.features(x)
+        torch.testing.assert_close(backbone(model, 0.125)(x), expected, rtol=1e-4, atol=1e-4)
