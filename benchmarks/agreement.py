@@ -112,7 +112,7 @@ def bounds(
     return {p: max(FLOORS * float(torch.cat(d).mean()), NEGLIGIBLE_MEAN) for p, d in differences.items()}
 
 
-def _in_int8(network: ICNet) -> ICNet:
+def _in_int8(network: ReferenceICNet) -> ReferenceICNet:
     """The network with its convolutions' weights and inputs rounded to INT8, in place; per output channel."""
 
     def rounded(x: Tensor, limit: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def _in_int8(network: ICNet) -> ICNet:
     return network
 
 
-def _by_winograd(network: ICNet) -> ICNet:
+def _by_winograd(network: ReferenceICNet) -> ReferenceICNet:
     """The network with what Winograd's convolutions round, as noise on their outputs, in place; as in `to_mnn.py`."""
     generator = torch.Generator().manual_seed(0)
 

@@ -268,8 +268,6 @@ class ICNet(nn.Module):
         ValueError: `width` is not a positive multiple of 1/32.
     """
 
-    co_saliency: type[CoSaliency] = CoSaliency
-
     def __init__(self, width: float = 1.0) -> None:
         super().__init__()
         if width <= 0 or width * WIDTH_STEPS != int(width * WIDTH_STEPS):
@@ -279,9 +277,9 @@ class ICNet(nn.Module):
 
         # In the order of the authors' checkpoint: an optimiser's state follows it.
         self.vgg = VGG16(width)
-        self.Co6 = self.co_saliency(c128, c128, 7)
-        self.Co5 = self.co_saliency(c256, c128, 14)
-        self.Co4 = self.co_saliency(c256, c128, 28)
+        self.Co6 = CoSaliency(c128, c128, 7)
+        self.Co5 = CoSaliency(c256, c128, 14)
+        self.Co4 = CoSaliency(c256, c128, 28)
         self.conv6_cmprs = nn.Sequential(
             nn.MaxPool2d(2),
             nn.Conv2d(c512, c128, 1),
@@ -378,7 +376,7 @@ class Uint8Interface(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: ICNet) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
         self.register_buffer("mean", 255 * torch.tensor(MEAN).view(1, 3, 1, 1))
@@ -421,7 +419,9 @@ class Intra(nn.Module):
 
     def forward(self, images: Tensor, sisms: Tensor) -> Tensor:
         """uint8 [N, 224, 224, 3], uint8 [N, 224, 224] → float32 [N, S], see `ICNet.sivs`."""
-        return self.interface.network.sivs(*self.interface.normalise(images, sisms))
+        network = self.interface.network
+        assert isinstance(network, ICNet)
+        return network.sivs(*self.interface.normalise(images, sisms))
 
 
 def _he_init(module: nn.Module) -> None:

@@ -148,7 +148,7 @@ def _run(
         yield np.concatenate([run(sessions[0], *chunk, bank) for chunk in chunks])
 
 
-def _rounding(network: ICNet) -> ICNet:
+def _rounding(network: ReferenceICNet) -> ReferenceICNet:
     """The network with its convolutions' weights, inputs and outputs rounded to the 11 bits of FP16, in place."""
     fold_batch_norms(network)
     for module in network.modules():

@@ -29,6 +29,7 @@ from export.checkpoint import load_checkpoint
 from export.fp16 import half_precision
 from export.icnet import SIVS_PER_WIDTH, ICNet, Intra, Packed, Uint8Interface
 from export.proof import ALLOWED_FLOORS, check, compare, table
+from export.reference import ReferenceICNet
 from export.samples import samples
 from runtime import __version__
 from runtime.contract import BANK, FLOAT_INPUTS, FLOAT_OUTPUTS, GROUPS, INPUTS, OUTPUTS, SIVS, WEIGHTS
@@ -47,12 +48,15 @@ EXAMPLE = {"N": 3, "M": 4}  # lengths of the dynamic axes while tracing
 
 
 def write_onnx(
-    network: ICNet, path: Path, interface: str = "uint8", provenance: dict[str, str] | None = None
+    network: ICNet | ReferenceICNet,
+    path: Path,
+    interface: str = "uint8",
+    provenance: dict[str, str] | None = None,
 ) -> onnx.ModelProto:
     """Trace a network and write it as one ONNX file, weights inside, with dynamic axes N ≥ 1 and M ≥ 1.
 
     Args:
-        network: in evaluation mode, in FP32 or from `half_precision`.
+        network: in evaluation mode, in FP32 or from `half_precision`; the reference only as "uint8" or "float32".
         path: the file to write.
         interface: "uint8", "packed", "intra" or "banked", those of the file contract; or "float32", the authors'
             (ImageNet-normalised float32 [N, 3, 224, 224] and [N, 1, 224, 224] → [N, 1, 224, 224]).
@@ -62,7 +66,7 @@ def write_onnx(
         The model that was written.
     """
     inputs, outputs, make = INTERFACES[interface]
-    module = make(network)
+    module = make(network)  # type: ignore[arg-type]  # a bank is ICNet's alone; the reference has none
     lengths = EXAMPLE | {"S": round(SIVS_PER_WIDTH * network.width)}
     shapes = [[d if isinstance(d, int) else lengths[str(d)] for d in spec.shape] for spec in inputs]
     example = tuple(torch.zeros(s, dtype=getattr(torch, spec.dtype)) for s, spec in zip(shapes, inputs, strict=True))
