@@ -12,7 +12,7 @@ demo: .venv/demo  ## set up, export the demo checkpoint, run it on groups that i
 	@echo "Look at build/demo/*/contact_sheet.jpg (this small network knows drawings only: on the photographs it fails)"
 
 test: .venv/test  ## set up, run all tests, in as many processes as there are cores, at most 4
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: .venv/test  ## style, types, and the direction of imports
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 import icnet_cli
@@ -11,7 +12,16 @@ from export.icnet import ICNet
 from export.to_mnn import build_mnn
 from export.to_onnx import write_onnx
 from runtime import Predictor
+from tests.export_cache import ExportCache
 from tests.helpers import random_network, write_exports
+
+
+@pytest.fixture(scope="session", autouse=True)
+def export_cache() -> Iterator[None]:
+    """No test traces what another one, or an earlier run, has traced already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", ExportCache(torch.onnx.export))
+        yield
 
 
 @pytest.fixture(scope="session")

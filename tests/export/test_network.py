@@ -104,11 +104,21 @@ def test_co_saliency_of_four_pixels_by_hand(module):
     with torch.no_grad():
         found = module(features, sisms)
         turned = module(features, 1 - sisms)
+        dim = module(features * 1e-9, sisms)
     assert found.shape == (3, 2, 2, 2)  # foreground, background
     torch.testing.assert_close(found[0, :1], expected, atol=2e-3, rtol=0)
     torch.testing.assert_close(turned[0, 1:], expected, atol=2e-3, rtol=0)
+    torch.testing.assert_close(dim, found)  # the length of the features is none of its business
     # On the others every pixel is alike: CSA is 0 everywhere, and what is left is the bias.
     torch.testing.assert_close(found[1:], torch.full_like(found[1:], 0.5))
+
+
+def test_normalisation_ends_at_epsilon():
+    rows = numbers(3, 2)([3e-6, 4e-6, 3e-14, 4e-14, 0, 0])  # of length 5e-6, 5e-14, 0
+    torch.testing.assert_close(icnet.l2_normalise(rows, 1), numbers(3, 2)([0.6, 0.8, 0.03, 0.04, 0, 0]))
+    rows = numbers(4, 3)([2, 3, 6, 2e-6, 3e-6, 6e-6, 2e-13, 3e-13, 6e-13, 7, 7, 7])
+    expected = numbers(4, 3)([0, 0.25, 1, 0, 0.25, 1, 0, 0.1, 0.4, 0, 0, 0])
+    torch.testing.assert_close(icnet.min_max(rows), expected)
 
 
 def test_of_a_group_of_one_the_attention_is_its_own_correlation():
