@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import onnx
@@ -84,7 +85,7 @@ class ExportCache:
             found.update(f"{name} {type(part).__qualname__} {sorted(settings.items())}\n".encode())
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            found.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+            found.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
         found.update(repr([(t.dtype, tuple(t.shape)) for t in args]).encode())
         found.update(repr(sorted(options.items())).encode())
         return found.hexdigest()
@@ -106,10 +107,11 @@ def is_plain(value: object) -> bool:
 
 def definitions() -> dict[str, int]:
     """Whatever the modules that are traced, and their classes, are made of, by identity: a replaced one shows."""
-    found = {}
+    found: dict[str, int] = {}
     for module in TRACED:
-        classes = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
-        for owner in (module, *classes):
+        owners: list[ModuleType | type] = [module]
+        owners += [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
+        for owner in owners:
             names = {k: id(v) for k, v in vars(owner).items() if not k.startswith("__")}
             found |= {f"{owner.__name__} {k}": number for k, number in names.items()}
     return found

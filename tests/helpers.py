@@ -26,8 +26,11 @@ def random_network(width: float = WIDTH, seed: int = 0) -> ICNet:
     network = ICNet(width)
     for module in network.modules():
         if isinstance(module, torch.nn.Conv2d):
+            assert module.bias is not None
             torch.nn.init.normal_(module.bias, 0, 0.1)
         if isinstance(module, torch.nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
             module.running_mean.normal_(0, 0.2)
             module.running_var.uniform_(0.5, 1.5)
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)

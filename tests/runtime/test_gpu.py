@@ -1,4 +1,4 @@
-"""The real thing, where there is one: everything else about the GPU is tested on simulated_gpu.py."""
+"""The real thing, where there is one: everything else about the GPU is tested on the simulated GPU."""
 
 import importlib
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""The TensorRT backend, unchanged, on a simulated GPU (see simulated_gpu.py)."""
+"""The TensorRT backend, unchanged, on a simulated GPU (see tests/simulated_gpu)."""
 
 import gc
 import hashlib

@@ -1,0 +1,196 @@
+"""TensorRT's runtime. An engine is a JSON header and an ONNX model, computed by ONNX Runtime."""
+
+import json
+from enum import IntEnum
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import onnxruntime
+
+from tests.simulated_gpu.device import Violation, check
+
+MAGIC = b"simulated engine\n"
+
+
+def engine_file(path, onnx_path, profiles, version="10.16.0", name="Unnamed Network 0"):
+    """Write an engine for the simulated TensorRT of that version.
+
+    A profile is (min, opt, max), the lengths of all inputs, or a dict of such by the inputs' names.
+    """
+    header = json.dumps({"version": version, "profiles": profiles, "name": name}).encode() + b"\n"
+    path.write_bytes(MAGIC + header + onnx_path.read_bytes())
+    return path
+
+
+def tensorrt(gpu):
+    """`tensorrt` 10, or `tensorrt_rtx`."""
+    trt = ModuleType("tensorrt_rtx" if gpu.rtx else "tensorrt")
+    Severity = IntEnum("Severity", "INTERNAL_ERROR ERROR WARNING INFO VERBOSE", start=0)
+    Strategy = IntEnum("Strategy", "STATIC ON_PROFILE_CHANGE USER_MANAGED", start=0)
+    Mode = IntEnum("Mode", "NONE INPUT OUTPUT", start=0)
+
+    class ILogger:
+        Severity: type[IntEnum]
+
+        def __init__(self):
+            pass
+
+    ILogger.Severity = Severity
+
+    class ExecutionContext:
+        def __init__(self, engine, config):
+            gpu.need_context()
+            gpu.make("execution context")
+            self.engine, self.config = engine, config
+            self.active_optimization_profile = 0
+            self.shapes, self.addresses = {}, {}
+            self.scratch: tuple[int, int] | None = None
+            self.version = 0  # counts changes: a captured graph holds for one
+            self.ran = None  # the version that has run uncaptured
+
+        def __del__(self):
+            gpu.drop("execution context")
+
+        def set_device_memory(self, address, size):
+            check(size >= self.engine.device_memory_size_v2, "scratch memory too small")
+            gpu.device_view(address, size)
+            self.scratch = address, size
+            self.version += 1
+
+        def set_tensor_address(self, name, address):
+            check(name in self.engine.tensors, f"no tensor {name}")
+            self.addresses[name] = address
+            self.version += 1
+            return True
+
+        def set_optimization_profile_async(self, index, stream):
+            check(0 <= index < self.engine.num_optimization_profiles, f"no profile {index}")
+            check(stream in gpu.streams, "profile set on no stream")
+            self.active_optimization_profile = index
+            self.shapes = {}
+            self.version += 1
+            return True
+
+        def set_input_shape(self, name, shape):
+            check(self.engine.is_input(name), f"no input {name}")
+            low, _, high = self.engine.lengths(name, self.active_optimization_profile)
+            check(low <= shape[0] <= high, f"{name}: {shape} outside profile {low} … {high}")
+            check(tuple(shape[1:]) == tuple(self.engine.tensors[name].shape[1:]), f"{name}: shape {shape}")
+            self.shapes[name] = tuple(shape)
+            self.version += 1
+            return True
+
+        def execute_async_v3(self, handle):
+            gpu.need_context()
+            check(handle in gpu.streams, "executed on no stream")
+            if self.scratch is None:
+                raise Violation("executed without scratch memory")
+            check(set(self.shapes) == set(self.engine.inputs), "executed without all input shapes")
+            check(set(self.addresses) == set(self.engine.tensors), "executed without all addresses")
+            stream, version = gpu.streams[handle], self.version
+            captured = stream.capturing is not None
+            if captured:
+                check(self.ran == version, "captured before an uncaptured run with these shapes")
+            else:
+                self.ran = version
+            shapes, addresses, scratch = dict(self.shapes), dict(self.addresses), self.scratch
+
+            def work():
+                check(self.version == version or not captured, "a context was changed behind its captured graph")
+                address, size = scratch
+                gpu.device_view(address, size)[:8] = 1
+                self.engine.compute(shapes, addresses)
+
+            gpu.queue(stream, "execute", shapes["images"][0], work)
+            return True
+
+    class Engine:
+        def __init__(self, content):
+            gpu.make("engine")
+            header, _, model = content.removeprefix(MAGIC).partition(b"\n")
+            self.profiles, self.name = (json.loads(header)[key] for key in ("profiles", "name"))
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = 1
+            self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            self.inputs = {t.name: t for t in self.session.get_inputs()}
+            self.tensors = self.inputs | {t.name: t for t in self.session.get_outputs()}
+            self.num_io_tensors = len(self.tensors)
+            self.num_optimization_profiles = len(self.profiles)
+            self.device_memory_size_v2 = 4096 * max(
+                self.lengths("images", i)[2] for i in range(self.num_optimization_profiles)
+            )
+
+        def __del__(self):
+            gpu.drop("engine")
+
+        def lengths(self, name, index):
+            profile = self.profiles[index]
+            return profile[name] if isinstance(profile, dict) else profile
+
+        def is_input(self, name):
+            return name in self.inputs
+
+        def get_tensor_name(self, index):
+            return list(self.tensors)[index]
+
+        def get_tensor_dtype(self, name):
+            types = {"tensor(uint8)": "uint8", "tensor(float)": "float32", "tensor(int32)": "int32"}
+            return types[self.tensors[name].type]
+
+        def get_tensor_shape(self, name):
+            return tuple(d if isinstance(d, int) else -1 for d in self.tensors[name].shape)
+
+        def get_tensor_mode(self, name):
+            return Mode.INPUT if self.is_input(name) else Mode.OUTPUT
+
+        def get_tensor_profile_shape(self, name, index):
+            return [(n, *self.tensors[name].shape[1:]) for n in self.lengths(name, index)]
+
+        def create_runtime_config(self):
+            config = SimpleNamespace(cuda_graph_strategy=0, strategy=Strategy.STATIC)
+            config.set_execution_context_allocation_strategy = lambda s: setattr(config, "strategy", s)
+            return config
+
+        def create_execution_context(self, config):
+            strategy = config.strategy if gpu.rtx else config
+            check(strategy == Strategy.USER_MANAGED, "the context would allocate its own memory")
+            return ExecutionContext(self, config)
+
+        def compute(self, shapes, addresses):
+            feeds = {}
+            for name, shape in shapes.items():
+                dtype = np.dtype(self.get_tensor_dtype(name))
+                data = gpu.device_view(addresses[name], int(np.prod(shape)) * dtype.itemsize)
+                feeds[name] = data.copy().view(dtype).reshape(shape)
+            (output,) = self.tensors.keys() - self.inputs.keys()
+            found = self.session.run([output], feeds)[0]
+            gpu.device_view(addresses[output], found.nbytes)[:] = found.reshape(-1).view(np.uint8)
+
+    class Runtime:
+        def __init__(self, logger):
+            self.logger = logger
+
+        def deserialize_cuda_engine(self, content):
+            gpu.need_context()
+            header = content.removeprefix(MAGIC).partition(b"\n")[0]
+            if not content.startswith(MAGIC):
+                self.logger.log(Severity.ERROR, "Magic tag does not match")
+                return None
+            version = json.loads(header)["version"]
+            if version != gpu.version:
+                self.logger.log(Severity.ERROR, f"engine was serialised by {version}, this is {gpu.version}")
+                return None
+            try:
+                return Engine(content)
+            except Exception as error:
+                self.logger.log(Severity.ERROR, f"Deserialization failed: {error}")
+                return None
+
+    vars(trt).update(
+        __version__=gpu.version, ILogger=ILogger, Runtime=Runtime, TensorIOMode=Mode, nptype=np.dtype,
+        ExecutionContextAllocationStrategy=Strategy,
+    )  # fmt: skip
+    if gpu.rtx:
+        CudaGraphStrategy = IntEnum("CudaGraphStrategy", "DISABLED WHOLE_GRAPH_CAPTURE", start=0)
+        vars(trt).update(CudaGraphStrategy=CudaGraphStrategy)
+    return trt
