@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.onnx import Finished
-from runtime.contract import SIZE, WEIGHTS, TensorSpec, check_contract
-from runtime.errors import DependencyError, ICNetError, ModelError, one_line
+from runtime.contract import SIZE, WEIGHTS, ExportKind, TensorSpec, check_contract
+from runtime.errors import DependencyError, ICNetError, ModelError, how_to_install, one_line
 from runtime.files import check_model_file
 from runtime.threads import cores
 
@@ -55,7 +55,7 @@ class MnnBackend:
             try:
                 import MNN
             except ImportError as error:
-                raise DependencyError("MNN is not installed: pip install 'icnet-deploy[mnn]'") from error
+                raise DependencyError(f"MNN is not installed: {how_to_install('mnn')}") from error
             try:
                 self._interpreter = MNN.Interpreter(str(self.path))
             except Exception as error:  # MNN raises Exception itself, and prints the reason
@@ -74,7 +74,7 @@ class MnnBackend:
         self.largest = self.interface.size
         notes = _notes(self.path)
         weights = notes.get(WEIGHTS)
-        self.weights = weights if isinstance(weights, str) else None
+        self.weights_digest = weights if isinstance(weights, str) else None
         self._image_bytes = 4 * SIZE**2 * PADDED * ceil(FEATURES * _width(notes) / PADDED)
         self._planned: list[int] | None = None  # the inputs' lengths
         self._lock = threading.Lock()
@@ -82,16 +82,16 @@ class MnnBackend:
     def check_group(self, images: int, bank: int = 1) -> None:
         """Raise ModelError if the model was built for groups, or banks, of another size, or MNN can't count so far."""
         kind = self.interface.kind
-        rows = self.interface.inputs[-1].shape[0] if kind == "banked" else None
+        rows = self.interface.inputs[-1].shape[0] if kind is ExportKind.BANKED else None
         for what, size, found in (("groups", self.interface.size, images), ("banks", rows, bank)):
             if size not in (None, found):
                 raise ModelError(
                     f"{self.path}: built for {what} of exactly {size} images, got {found}; "
                     "icnet build --backend mnn makes files for any number"
                 )
-        pairs = {"intra": 0, "banked": images * bank}.get(kind, images**2)
+        pairs = {ExportKind.INTRA: 0, ExportKind.BANKED: images * bank}.get(kind, images**2)
         if max(images * self._image_bytes, pairs * PAIR_BYTES) > MAX_BYTES:
-            beside = f" with a bank of {bank}" if kind == "banked" else ""
+            beside = f" with a bank of {bank}" if kind is ExportKind.BANKED else ""
             raise ModelError(
                 f"{self.path}: {images} images{beside} are too many at once for MNN, which has 2 GB per tensor; run "
                 "fewer at once (max_images; a large group takes the two files of a bank export), or run the ONNX file"

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.cuda import PageLocked
-from runtime.contract import WEIGHTS, Interface, TensorSpec, check_contract
-from runtime.errors import DependencyError, ICNetError, ModelError, one_line
+from runtime.contract import WEIGHTS, ExportKind, Interface, TensorSpec, check_contract
+from runtime.errors import DependencyError, ICNetError, ModelError, how_to_install, one_line
 from runtime.files import check_model_file
 
 CPU = "CPUExecutionProvider"
@@ -63,7 +63,7 @@ class OnnxBackend:
             import onnxruntime as ort
         except ImportError as error:
             raise DependencyError(
-                "onnxruntime is not installed: pip install 'icnet-deploy[cpu]' (or onnxruntime-gpu; not both)"
+                f"onnxruntime is not installed: {how_to_install('cpu')} (or onnxruntime-gpu; not both)"
             ) from error
         self.path = path
         check_model_file(path)
@@ -99,7 +99,7 @@ class OnnxBackend:
             self.path, [_spec(t) for t in self._session.get_inputs()], [_spec(t) for t in self._session.get_outputs()]
         )
         self.largest = self.interface.size
-        self.weights: str | None = self._session.get_modelmeta().custom_metadata_map.get(WEIGHTS)
+        self.weights_digest: str | None = self._session.get_modelmeta().custom_metadata_map.get(WEIGHTS)
         self._bindings: _Bindings | None = None
         self._last = ort.RunOptions()  # of a call that leaves nothing behind; it costs time to take new memory
         self._last.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
@@ -116,7 +116,7 @@ class OnnxBackend:
                 "export it with a dynamic group axis (icnet export does)"
             )
         rows = self.interface.inputs[-1].shape[0]
-        if self.interface.kind == "banked" and isinstance(rows, int) and rows != bank:
+        if self.interface.kind is ExportKind.BANKED and isinstance(rows, int) and rows != bank:
             raise ModelError(
                 f"{self.path}: built for banks of exactly {rows} images, got {bank}; "
                 "export it with dynamic axes (icnet export --banked does)"

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.cuda import Capture, Cuda
-from runtime.contract import ENGINE_NAME, Interface, TensorSpec, check_contract
-from runtime.errors import DependencyError, ICNetError, ModelError
+from runtime.contract import ENGINE_NAME, ExportKind, Interface, TensorSpec, check_contract
+from runtime.errors import DependencyError, ICNetError, ModelError, how_to_install
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +58,12 @@ class TensorRTBackend:
                 inputs = [spec for spec, is_input in specs if is_input]
                 self.interface = check_contract(path, inputs, [spec for spec, is_input in specs if not is_input])
                 self.profiles = _profiles(engine, self.interface)
-                self._images = len(self.interface.inputs) - (self.interface.kind == "banked")  # inputs of length N
+                self._images = len(self.interface.inputs) - (
+                    self.interface.kind is ExportKind.BANKED
+                )  # inputs of length N
                 self.largest: int | None = max(high for _, high in self._ranges())
                 name = str(getattr(engine, "name", ""))
-                self.weights = name.removeprefix(ENGINE_NAME) if name.startswith(ENGINE_NAME) else None
+                self.weights_digest = name.removeprefix(ENGINE_NAME) if name.startswith(ENGINE_NAME) else None
                 slots_made = []
                 for _ in range(self.slots):
                     slots_made.append(_Slot(cuda, trt, engine, self.interface, self.profiles, graphs))
@@ -80,7 +82,9 @@ class TensorRTBackend:
                 f"{self.path}: built for groups of {_either(self._ranges())} images, got {images}; "
                 f"rebuild it with a profile that holds {images}: icnet build --max {images}"
             )
-        if self.interface.kind == "banked" and not any(_fits(p, (images, images, bank)) for p in self.profiles):
+        if self.interface.kind is ExportKind.BANKED and not any(
+            _fits(p, (images, images, bank)) for p in self.profiles
+        ):
             raise ModelError(
                 f"{self.path}: built for banks of {_either([(p[2][0], p[2][2]) for p in self.profiles])} images, got "
                 f"{bank}; rebuild it with a profile that holds {bank}: icnet build --max-bank {bank}"
@@ -358,7 +362,7 @@ def _deserialise(path: Path, content: bytes) -> tuple[Any, Any]:
         if engine is not None:
             return engine, trt
     if not heard:
-        raise DependencyError("TensorRT is not installed: pip install 'icnet-deploy[tensorrt]' (or [tensorrt-rtx])")
+        raise DependencyError(f"TensorRT is not installed: {how_to_install('tensorrt')} (or [tensorrt-rtx])")
     raise ModelError(
         f"{path}: can't be loaded; an engine runs with the TensorRT version and on the kind of GPU that it was built "
         f"for: rebuild it here with icnet build --onnx MODEL.onnx --output {path} ({heard[0]})"

@@ -6,6 +6,7 @@ OUTPUT/GROUP/icnet.json          the record: what these were made from, and thei
 """
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ RECORD = "icnet.json"
 
 
 class GroupResults:
-    """The results of one group in its folder.
+    """The results of one group in its folder. Several threads may write at once.
 
     Args:
         folder: where they go.
@@ -30,6 +31,7 @@ class GroupResults:
 
     def __init__(self, folder: Path, group: Group, model: tuple[Path, str], bank: Path | None = None) -> None:
         self.folder = folder
+        self._lock = threading.Lock()
         self._inputs = [model[0], *group.images, *(group.sisms or ()), *([bank] if bank else [])]
         names = [*(f"{image.stem}.png" for image in group.images), SHEET]
         self._digests: dict[str, str | None] = dict.fromkeys(names)
@@ -70,10 +72,14 @@ class GroupResults:
         self._write_record()
 
     def write(self, name: str, save: Callable[[Path], object]) -> None:
-        """Write one of the results: `save` is given the path to write to."""
+        """Write one of the results: `save` is given the path to write to. The last of them completes the record."""
         with replacing(self.folder / name) as temporary:
             save(temporary)
-            self._digests[name] = digest(temporary)  # of what this run wrote, whatever another does to it
+            written = digest(temporary)  # of what this run wrote, whatever another does to it
+        with self._lock:
+            self._digests[name] = written
+            if all(self._digests.values()):
+                self.finish()
 
     def finish(self) -> None:
         """Note that all results are there."""
