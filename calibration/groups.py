@@ -19,7 +19,7 @@ Feeds = dict[str, NDArray[np.uint8]]
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Groups whose every image can be read.
+    """Groups of which every image can be read.
 
     groups: in any order. sha256: of their images and SISMs; the order of the groups and their names do not count.
     skipped: why groups were left out, a line each.

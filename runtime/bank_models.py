@@ -58,11 +58,9 @@ class BankModels:
         """Float32 [N, S] of uint8 [N, 224, 224, 3] and [N, 224, 224], in chunks."""
         return self._in_chunks(self._intra, images, sisms)
 
-    def maps(
-        self, images: NDArray[np.uint8], sisms: NDArray[np.uint8], bank: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
+    def maps(self, images: NDArray[np.uint8], sisms: NDArray[np.uint8], bank: Bank) -> NDArray[np.float32]:
         """Float32 [N, 224, 224] of images as members of the bank's group, in chunks."""
-        return self._in_chunks(self._banked, images, sisms, bank)
+        return self._in_chunks(self._banked, images, sisms, bank.sivs)
 
     def group(self, images: NDArray[np.uint8], sisms: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Float32 [N, 224, 224] of a group on its own, in chunks.
@@ -72,7 +70,7 @@ class BankModels:
         """
         self._chunks(self._intra, len(images), 1)
         self._chunks(self._banked, len(images), len(images))
-        return self.maps(images, sisms, self.sivs(images, sisms))
+        return self._in_chunks(self._banked, images, sisms, self.sivs(images, sisms))
 
     def check(self, bank: Bank) -> None:
         """Raise InputError unless these models can use a bank."""
@@ -91,25 +89,25 @@ class BankModels:
                 "again with icnet bank"
             )
 
-    def _chunks(self, backend: Backend, n: int, bank: int) -> list[slice]:
+    def _chunks(self, backend: Backend, n: int, bank_size: int) -> list[slice]:
         """Chunks of nearly equal size, all of which the model takes."""
         parts = -(-n // self._most)
         bounds = [n * i // parts for i in range(parts + 1)]
         chunks = [slice(*pair) for pair in pairwise(bounds)]
         for chunk in chunks:
-            backend.check_group(chunk.stop - chunk.start, bank)
+            backend.check_group(chunk.stop - chunk.start, bank_size)
         return chunks
 
     def _in_chunks(
-        self, backend: Backend, images: NDArray[np.uint8], sisms: NDArray[np.uint8], *bank: NDArray[np.float32]
+        self, backend: Backend, images: NDArray[np.uint8], sisms: NDArray[np.uint8], *sivs: NDArray[np.float32]
     ) -> NDArray[np.float32]:
         output = np.empty((len(images), *backend.interface.output.sizes), np.float32)
         in_work: deque[tuple[slice, Pending]] = deque()
-        waiting = deque(self._chunks(backend, len(images), len(bank[0]) if bank else 1))
+        waiting = deque(self._chunks(backend, len(images), len(sivs[0]) if sivs else 1))
         while waiting or in_work:
             if waiting and len(in_work) < backend.slots:
                 chunk = waiting.popleft()
-                in_work.append((chunk, backend.submit(images[chunk], sisms[chunk], *bank, last=not waiting)))
+                in_work.append((chunk, backend.submit(images[chunk], sisms[chunk], *sivs, last=not waiting)))
                 continue
             chunk, pending = in_work.popleft()
             found = pending.result()

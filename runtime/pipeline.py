@@ -81,7 +81,7 @@ class Pipeline:
 
     Args:
         path: what messages call the model.
-        workers: threads for pixels. The pipeline closes them.
+        workers: the threads for pixels.
         backend: a plain or packed export; None if there are the two files of a bank export only.
         banks: the two files of a bank export, if there are any.
         most: the number of images in a packed call, and of the largest group that `backend` gets if there are `banks`.
@@ -110,7 +110,7 @@ class Pipeline:
         Args:
             images: paths, arrays or PIL images.
             sisms: likewise, one per image; None for built-in ones.
-            kept: the images are for a bank, or are compared with one. Their number is then of no account.
+            kept: the images are for a bank, or are compared with one, so any number will do.
 
         Raises:
             InputError: no images, or counts that differ.
@@ -170,7 +170,7 @@ class Pipeline:
         self.check_open()
         images, sisms = groups[0] if len(groups) == 1 else map(np.concatenate, zip(*groups, strict=True))
         if bank is not None:
-            return Finished(self.bank_models().maps(images, sisms, bank.sivs))
+            return Finished(self.bank_models().maps(images, sisms, bank))
         if self._banks is not None and self._in_chunks(len(images)):
             return Finished(self._banks.group(images, sisms))
         assert self._backend is not None
@@ -250,7 +250,7 @@ class Pipeline:
             raise ICNetError(f"{self.path}: this Predictor is closed")
 
     def close(self) -> None:
-        """Refuse new groups. The models are closed by whoever opened them; then the workers by `Workers.close`."""
+        """Refuse new groups. The Predictor closes the models and the workers, which it opened."""
         self._closed = True
 
 

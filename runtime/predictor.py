@@ -36,12 +36,12 @@ class Predictor:
         with Predictor("icnet.onnx") as predictor:
             maps = predictor(["a.jpg", "b.jpg"], ["a_sism.png", "b_sism.png"])
 
-    One Predictor may be called from several threads at once. Close it, or use it as a context manager, to give its
-    memory back.
+    One Predictor may be called from several threads at once. Close it, or use it as a context manager, to free its
+    memory.
 
     A *packed* model (`icnet export --packed`) takes several groups in one call: those of `predict_groups`, and those
-    that several threads ask for at the same time. The two files of a *bank export* (`icnet export --banked`) run groups
-    of any size in chunks, and compare images with a kept bank:
+    of several threads at the same time. The two files of a *bank export* (`icnet export --banked`) run groups of any
+    size in chunks, and compare images with a kept bank:
 
         with Predictor(bank=("icnet.intra.onnx", "icnet.banked.onnx")) as predictor:
             bank = predictor.bank(["a.jpg", "b.jpg"], ["a_sism.png", "b_sism.png"])
@@ -53,15 +53,19 @@ class Predictor:
             `trtexec`, run on a GPU. May be left out if `bank` is given.
         bank: the files (intra, banked) of a bank export, or what was built from them. Beside a model they run the
             groups that are too large for it.
-        threads: CPU threads for one call, which decode and resize images, and compute with ONNX Runtime or MNN; None
-            for one per core.
+        threads: the size of the pool that decodes, resizes and writes images, and the threads of a call of ONNX
+            Runtime or MNN; None for one per core.
         providers: ONNX Runtime: execution providers in order of preference, e.g. ["CUDAExecutionProvider"]; one that
             was asked for and can't be used is an error. On NVIDIA GPUs groups go through page-locked buffers.
         device: TensorRT: the GPU's number.
         slots: TensorRT: groups in flight at once, each with buffers for the largest group; at least 2.
         max_images: images in one call when groups are packed or run in chunks; a group that needs no chunks may be
-            larger. None for what the engine takes, and 32 with ONNX Runtime.
-        max_delay_ms: packed models: how long a group waits for those of other threads, though it could start.
+            larger. None for the engine's largest size, or 32 with ONNX Runtime.
+        max_delay_ms: packed models: the longest that a group which could start waits for groups of other threads.
+
+    Attributes:
+        path: the model's file, or the banked file of a bank export alone.
+        pipeline: the way of groups through the models, for this package's commands; not part of the stable API.
 
     Raises:
         ModelError: not a model file, or not an exported ICNet, or an engine that this TensorRT or GPU can't run; or
@@ -171,7 +175,7 @@ class Predictor:
     def against(
         self, bank: Bank, images: Iterable[ImageSource], sisms: Iterable[ImageSource]
     ) -> list[NDArray[np.float32]]:
-        """Co-saliency maps of images against a kept bank: each as if it were in the bank's group, by itself.
+        """Co-saliency maps of images against a kept bank: each image as if it alone joined the bank's group.
 
         Args:
             bank: from `bank` or `Bank.load`; the images need not be in it.
@@ -193,19 +197,19 @@ class Predictor:
     ) -> Iterator[list[NDArray[np.float32]]]:
         """Co-saliency maps of many groups, in order; images are decoded and resized in threads ahead of the engine.
 
-        A packed model gets several groups at once: the oldest, and of those that came after it all that fit beside it,
-        up to the largest number of images that it takes.
+        A packed model gets several groups at once: the oldest, and the later ones that fit beside it, up to the
+        largest number of images that it takes.
 
         Args:
-            groups: (images, sisms) per group, each as for calling the Predictor; read as far as needed, for a packed
-                model until one call is full.
+            groups: (images, sisms) per group, each as for calling the Predictor. No more of them are read than needed:
+                `ahead` groups, or for a packed model enough to fill one call.
             ahead: groups that are decoded before their turn.
 
         Yields:
             What a call with that group returns.
 
         Raises:
-            ICNetError: as a call with that group does, when it is that group's turn.
+            ICNetError: as a call with that group does, at that group's turn.
         """
         for outcome in self.pipeline.stream(self._tasks(groups), ahead=ahead):
             if isinstance(outcome, ICNetError):

@@ -1,6 +1,6 @@
-"""What a step of training sees: images of one group, their SISMs and their ground truth.
+"""The batches of training: images of one group, their SISMs and their ground truths, read as for prediction.
 
-Batches are numbered, and a batch follows from the seed and its number alone.
+A batch depends on the seed and its number alone.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX engines, built by us or by anybody, through page-locked buffers on CUDA streams.
+"""TensorRT and TensorRT-RTX engines from any builder, through page-locked buffers on CUDA streams.
 
 A *slot* is all that one call needs on its way through the device: an execution context, a stream, an event,
 page-locked host buffers and device buffers for the largest tensors of any profile, allocated once. A call's copies in,
@@ -43,7 +43,7 @@ class TensorRTBackend:
 
     Raises:
         DependencyError: no TensorRT, PyCUDA, driver or GPU.
-        ModelError: not an engine of ours, or of another TensorRT or GPU; or not enough memory.
+        ModelError: not an engine of an exported ICNet, or of another TensorRT or GPU; or not enough memory.
     """
 
     def __init__(self, path: Path, *, slots: int = 2, graphs: int = 16, device: int = 0) -> None:
@@ -75,7 +75,7 @@ class TensorRTBackend:
             raise
         self._finalizer = weakref.finalize(self, self._pool.close)
 
-    def check_group(self, images: int, bank: int = 1) -> None:
+    def check_group(self, images: int, bank_size: int = 1) -> None:
         """Raise ModelError unless some profile takes so many images at once, and a bank of so many SIVs."""
         if not any(low <= images <= high for low, high in self._ranges()):
             raise ModelError(
@@ -83,11 +83,11 @@ class TensorRTBackend:
                 f"rebuild it with a profile that holds {images}: icnet build --max {images}"
             )
         if self.interface.kind is ExportKind.BANKED and not any(
-            _fits(p, (images, images, bank)) for p in self.profiles
+            _fits(p, (images, images, bank_size)) for p in self.profiles
         ):
             raise ModelError(
                 f"{self.path}: built for banks of {_either([(p[2][0], p[2][2]) for p in self.profiles])} images, got "
-                f"{bank}; rebuild it with a profile that holds {bank}: icnet build --max-bank {bank}"
+                f"{bank_size}; rebuild it with a profile that holds {bank_size}: icnet build --max-bank {bank_size}"
             )
 
     def _ranges(self) -> list[tuple[int, int]]:
@@ -108,7 +108,7 @@ class TensorRTBackend:
 
 
 class Pending:
-    """A group in flight. Anybody may finish it: its own caller, or one who needs its slot."""
+    """A group in flight. Its own caller may finish it, or a thread that needs its slot."""
 
     def __init__(self, pool: "_Pool", slot: "_Slot", images: int) -> None:
         self._pool, self._images = pool, images
@@ -139,7 +139,7 @@ class Pending:
 
 
 class _Pool:
-    """The slots, and who has them."""
+    """The slots: which are free, and which groups are in flight."""
 
     def __init__(self, cuda: Cuda, slots: list["_Slot"]) -> None:
         self._cuda = cuda
@@ -166,7 +166,7 @@ class _Pool:
         return pending
 
     def _acquire(self) -> "_Slot":
-        """A free slot. If there is none, finish the oldest group in flight, whoever waits for it."""
+        """A free slot. If there is none, finish the oldest group in flight, whichever thread waits for it."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._free or self._in_flight)

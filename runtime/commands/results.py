@@ -1,4 +1,4 @@
-"""What a run leaves of a group, and whether it is still what a new run would give.
+"""The results of a group on disk, and whether a new run would give the same.
 
 OUTPUT/GROUP/NAME.png            one map per image
 OUTPUT/GROUP/contact_sheet.jpg
@@ -51,7 +51,7 @@ class GroupResults:
         )
 
     def begin(self) -> None:
-        """Clear the way for new results; nothing that a run of ours did not make is overwritten or deleted.
+        """Clear the way for new results. Only files that `icnet predict` made are overwritten or deleted.
 
         Raises:
             OutputError: the folder holds an input, or files of others under the names of the results.
@@ -72,7 +72,7 @@ class GroupResults:
         self._write_record()
 
     def write(self, name: str, save: Callable[[Path], object]) -> None:
-        """Write one of the results: `save` is given the path to write to. The last of them completes the record."""
+        """Write one of the results: `save` gets the path to write to. The last result completes the record."""
         with replacing(self.folder / name) as temporary:
             save(temporary)
             written = digest(temporary)  # of what this run wrote, whatever another does to it
@@ -86,7 +86,7 @@ class GroupResults:
         self._write_record()
 
     def _record(self) -> dict[str, Any]:
-        """The record in the folder; empty if there is none of ours."""
+        """The record in the folder; empty if it is not one of `icnet predict`."""
         try:
             record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
             if isinstance(record["made_from"], dict) and isinstance(record["files"], dict):
