@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from runtime.errors import DependencyError, ICNetError
+from runtime.errors import DependencyError, ICNetError, how_to_install
 
 # Each module has `add_arguments(parser)` and `run(args) -> exit code`. Only the one asked for is imported, so that
 # `icnet predict` needs no torch. The extra is what to install when a module's imports fail.
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
-            raise DependencyError(f"{error.name} is not installed: pip install 'icnet-deploy[{extra}]'") from error
+            raise DependencyError(f"{error.name} is not installed: {how_to_install(extra)}") from error
         except (ImportError, OSError) as error:
             raise DependencyError(f"an installed package can't be loaded: {error}") from error
         parser = argparse.ArgumentParser(prog=prog, description=text[0].upper() + text[1:] + ".")

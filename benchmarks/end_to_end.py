@@ -16,9 +16,9 @@ from rich.table import Table
 from benchmarks.machine import name_of
 from benchmarks.runners import picture
 from benchmarks.timing import Times, interleaved, percentiles, warm_up
-from runtime import Predictor
-from runtime.preprocess import BILINEAR, read_image, restore_map, save_map, sism_tensor
-from runtime.threads import in_threads
+from runtime import ICNetError, Predictor
+from runtime.pipeline import GroupPixels, Task, restores
+from runtime.preprocess import resized, restore_map, rgb_image, save_map, sism_tensor
 
 SIZE = (640, 480)  # of the photographs, pixels: the usual in COCO
 STAGES = ("decode", "resize", "SISMs", "network", "resize back", "write")
@@ -39,14 +39,13 @@ def write_group(folder: Path, n: int) -> tuple[list[Path], list[Path]]:
     return images, sisms
 
 
-def measure(predictor: Predictor, n: int, rounds: int, threads: int, limit: float | None = None) -> dict[str, Any]:
+def measure(predictor: Predictor, n: int, rounds: int, limit: float | None = None) -> dict[str, Any]:
     """Time a group of n from files to files, through the Predictor and stage by stage, interleaved.
 
     Args:
-        predictor: runs the network.
+        predictor: runs the network, and reads, resizes and writes in its threads.
         n: images in the group.
         rounds: how often.
-        threads: that read, resize and write images.
         limit: as for `timing.interleaved`.
 
     Returns:
@@ -58,9 +57,8 @@ def measure(predictor: Predictor, n: int, rounds: int, threads: int, limit: floa
         images, sisms = write_group(folder, n)
         outputs = [folder / f"{i}.png" for i in range(n)]
         stages: dict[str, list[float]] = {stage: [] for stage in STAGES}
-
-        def write(maps: list[NDArray[np.float32]]) -> None:
-            in_threads([partial(save_map, *pair) for pair in zip(maps, outputs, strict=True)], threads)
+        pipeline = predictor.pipeline
+        in_threads = pipeline.workers.run
 
         def stage(name: str, work: Callable[[], Any]) -> Any:
             start = time.perf_counter()
@@ -69,18 +67,26 @@ def measure(predictor: Predictor, n: int, rounds: int, threads: int, limit: floa
             return result
 
         def by_stages() -> None:
-            decoding = [partial(read_image, path, "", "RGB", (255, 255, 255, 255)) for path in images]
-            read = stage("decode", lambda: in_threads(decoding, threads))
-            resizing = [partial(image.resize, (224, 224), BILINEAR) for image in read]
-            x = stage("resize", lambda: np.stack([np.asarray(image) for image in in_threads(resizing, threads)]))
-            s = stage("SISMs", lambda: np.stack(in_threads([partial(sism_tensor, path) for path in sisms], threads)))
+            read = stage("decode", lambda: in_threads([partial(rgb_image, path) for path in images]))
+            x = stage("resize", lambda: np.stack(in_threads([partial(resized, image) for image in read])))
+            s = stage("SISMs", lambda: np.stack(in_threads([partial(sism_tensor, path) for path in sisms])))
+            pixels = GroupPixels(x, s, tuple(image.size for image in read))
             maps = stage("network", lambda: predictor.predict_tensors(x, s))
-            restoring = [partial(restore_map, m, image.size) for m, image in zip(maps, read, strict=True)]
-            large = stage("resize back", lambda: in_threads(restoring, threads))
-            stage("write", lambda: write(large))
+            large = stage("resize back", lambda: in_threads(restores(pixels, maps)))
+            stage("write", lambda: in_threads([partial(save_map, *pair) for pair in zip(large, outputs, strict=True)]))
+
+        def writes(pixels: GroupPixels, maps: NDArray[np.float32]) -> list[Callable[[], None]]:
+            """A call per image that writes its map."""
+
+            def write(tensor: NDArray[np.float32], size: tuple[int, int], output: Path) -> None:
+                save_map(restore_map(tensor, size), output)
+
+            return [partial(write, *one) for one in zip(maps, pixels.sizes, outputs, strict=True)]
 
         def whole() -> None:
-            write(predictor(images, sisms))
+            for outcome in pipeline.stream([Task(pipeline.reads(images, sisms), writes)]):
+                if isinstance(outcome, ICNetError):
+                    raise outcome
 
         warm_up(whole)
         times: Times = {}

@@ -297,7 +297,7 @@ class Comparison:
                 with load(path, setting) as predictor:
                     for n in files:
                         step(f"files, {label}, group of {n}")
-                        row = end_to_end.measure(predictor, n, self.rounds, self.threads, self.seconds)
+                        row = end_to_end.measure(predictor, n, self.rounds, self.seconds)
                         results["end_to_end"].append({"runner": label, **row})
             except ICNetError as error:
                 results["not_run"][f"{label}, files"] = str(error)

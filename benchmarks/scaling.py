@@ -40,7 +40,7 @@ from benchmarks.runners import Setting, alone, inputs, load
 from benchmarks.timing import Times, interleaved, interval, line, ratio, warm_up
 from evaluation.record import labels
 from runtime import ICNetError, InputError, ModelError, OutputError, Predictor
-from runtime.bank import MAX_IMAGES
+from runtime.bank_models import MAX_IMAGES
 from runtime.files import bank_files, digest, replacing, same_file, write_json
 from runtime.predictor import MAX_THREADS
 from runtime.threads import cores

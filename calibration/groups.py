@@ -8,17 +8,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.commands.predict import read_group
 from runtime.errors import InputError
 from runtime.files import digest
 from runtime.groups import Group, find_groups
+from runtime.pipeline import reads, stack
+from runtime.threads import Workers
 
 Feeds = dict[str, NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Groups whose every image can be read.
+    """Groups of which every image can be read.
 
     groups: in any order. sha256: of their images and SISMs; the order of the groups and their names do not count.
     skipped: why groups were left out, a line each.
@@ -35,10 +36,12 @@ class CalibrationSet:
 
     def feeds(self) -> Iterator[Feeds]:
         """What the model takes, group by group; one group is in memory at a time."""
-        return map(read, self.groups)
+        with Workers() as workers:
+            for group in self.groups:
+                yield read(group, workers)
 
 
-def read(group: Group) -> Feeds:
+def read(group: Group, workers: Workers) -> Feeds:
     """A group as uint8 `images` [N, 224, 224, 3] and `sisms` [N, 224, 224].
 
     Raises:
@@ -46,8 +49,8 @@ def read(group: Group) -> Feeds:
     """
     if group.problem is not None:
         raise group.problem
-    images, sisms, _ = read_group(group)
-    return {"images": images, "sisms": sisms}
+    pixels = stack(workers.run(reads(group.images, group.sisms)))
+    return {"images": pixels.images, "sisms": pixels.sisms}
 
 
 def open_groups(
@@ -65,17 +68,18 @@ def open_groups(
         InputError: no groups, or one that can't be read and `skip_bad` is not set.
     """
     good, digests, skipped = [], [], []
-    for group in track(find_groups(path, sisms)):
-        try:
-            read(group)
-        except InputError as error:
-            if not skip_bad:
-                raise InputError(f"{error} (group {group.name}; --skip-bad leaves such groups out)") from error
-            skipped.append(f"group {group.name} is left out: {error}")
-            continue
-        files = [*group.images, *(group.sisms or ())]
-        digests.append("".join(map(digest, files)) if group.sisms else "builtin" + "".join(map(digest, files)))
-        good.append(group)
+    with Workers() as workers:
+        for group in track(find_groups(path, sisms)):
+            try:
+                read(group, workers)
+            except InputError as error:
+                if not skip_bad:
+                    raise InputError(f"{error} (group {group.name}; --skip-bad leaves such groups out)") from error
+                skipped.append(f"group {group.name} is left out: {error}")
+                continue
+            files = [*group.images, *(group.sisms or ())]
+            digests.append("".join(map(digest, files)) if group.sisms else "builtin" + "".join(map(digest, files)))
+            good.append(group)
     if not good:
         raise InputError(f"{path}: none of its {len(skipped)} groups can be read: there is nothing to calibrate on")
     total = hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()

@@ -30,6 +30,7 @@ from evaluation.dataset import BUILTIN, Dataset, evaluate, find_dataset
 from evaluation.metrics import BETA2, Metrics
 from evaluation.record import SISMS, labels, versions
 from runtime import DependencyError, InputError, OutputError, Predictor
+from runtime.errors import how_to_install
 from runtime.files import digest, replacing, same_file, write_json
 
 PACKAGES = ("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")  # scores hang on them
@@ -211,4 +212,4 @@ def _check_paths(args: argparse.Namespace) -> None:
         try:
             import matplotlib  # noqa: F401
         except ImportError as error:
-            raise DependencyError("--plot needs matplotlib: pip install 'icnet-deploy[evaluate]'") from error
+            raise DependencyError(f"--plot needs matplotlib: {how_to_install('evaluate')}") from error

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from evaluation.metrics import Metrics, Scores
 from runtime.errors import ICNetError, InputError
 from runtime.groups import Group, find_groups, matching
-from runtime.preprocess import ImageSource, grey_image, image_tensor
-from runtime.sisms import builtin_sism
+from runtime.pipeline import reads
+from runtime.preprocess import ImageSource, grey_image, rgb_image
+from runtime.threads import Workers
 
 BUILTIN = "builtin"
 
@@ -52,9 +53,12 @@ class Dataset:
         """
         if self.sisms is None:
             raise InputError(f"{self.path}: listed without SISMs, which a model needs")
-        for group in self.groups:
-            built = (builtin_sism(image_tensor(image)[0]) for image in group.images)
-            yield group.images, list(built) if group.sisms is None else group.sisms
+        with Workers() as workers:
+            for group in self.groups:
+                if group.sisms is not None:
+                    yield group.images, group.sisms
+                else:
+                    yield group.images, [pixels.sism for pixels in workers.run(reads(group.images, None))]
 
     def maps_in(self, folder: Path) -> tuple[tuple[Path, ...], ...]:
         """The map of every image in `folder`, which has GROUP/NAME.png.
@@ -81,7 +85,7 @@ class Dataset:
         """
         for group, ground_truths in zip(self.groups, self.ground_truths, strict=True):
             for image, gt in zip(group.images, ground_truths, strict=True):
-                size, expected = _size(gt), image_tensor(image)[1]
+                size, expected = _size(gt), rgb_image(image).size
                 if size != expected:
                     raise InputError(
                         f"{gt}: {size[0]}×{size[1]} pixels, but {image} has {expected[0]}×{expected[1]}; "

@@ -1,6 +1,6 @@
 """The file contract: the inputs and outputs by which any exported model explains itself.
 
-Nothing else is needed to run a model, whoever built it: no sidecar, no naming convention for files.
+Nothing else is needed to run a model from any builder: no sidecar, no naming convention for files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,9 +11,9 @@ from runtime.errors import ModelError
 
 SIZE = 224  # side of the network's input and output, pixels
 
-# Not needed to run: the digest of the network's weights, by which files of one network know each other.
+# Not needed to run: the digest of the network's weights. Files of the same network have the same digest.
 WEIGHTS = "weights_sha256"  # its key in an ONNX file's metadata
-ENGINE_NAME = "icnet "  # what it follows in the name of an engine of ours
+ENGINE_NAME = "icnet "  # the digest follows this in the name of an engine from `icnet build`
 
 Dim = int | str | None  # a fixed size, or a named or anonymous dynamic one
 
@@ -40,7 +40,7 @@ class TensorSpec:
     def accepts(self, other: "TensorSpec") -> bool:
         """Whether `other`, read from a model, is this tensor.
 
-        Its first axis may be fixed or dynamic; one that has a name here, of any fixed size.
+        The first axis may be fixed or dynamic. Another axis that has a name here may be of any fixed size.
         """
         if (self.name, self.dtype, len(self.shape)) != (other.name, other.dtype, len(other.shape)):
             return False

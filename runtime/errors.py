@@ -1,9 +1,22 @@
 """What this package raises. Every message is one line that names the file or tensor and says what to do."""
 
+from pathlib import Path
+
 
 def one_line(text: object) -> str:
     """Any text without line breaks, for a message."""
     return " ".join(str(text).split())
+
+
+def how_to_install(extras: str) -> str:
+    """The command that installs this package with some of its extras, e.g. "cpu,export".
+
+    A clone is installed by its path, since it need not be the release that an index has under the package's name.
+    """
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "pyproject.toml").is_file():
+        return f"pip install 'icnet-deploy[{extras}]'"
+    return f"pip install '{'.' if root == Path.cwd().resolve() else root}[{extras}]'"
 
 
 class ICNetError(Exception):

@@ -1,4 +1,4 @@
-"""Output files that are either whole or not there, and what a file is known by."""
+"""Output files that are either whole or absent; digests and names of files."""
 
 import hashlib
 import json

@@ -1,5 +1,6 @@
-"""Groups of image files on disk: one folder, or the layout of the co-saliency data sets.
+"""Groups of image files on disk: one image, one folder, or the layout of the co-saliency data sets.
 
+PATH.jpg                                          a group of one, named after its file
 PATH/*.jpg                                        one group, named after its folder
 PATH/img/GROUP/*.jpg, PATH/sism/GROUP/NAME.png    a data set
 """
@@ -33,20 +34,23 @@ def find_groups(path: Path, sisms: Path | None) -> list[Group]:
     """The groups at `path`, and the SISM of every image.
 
     Args:
-        path: a folder of images, or a data set with an `img` folder of groups.
+        path: a folder of images, one image, or a data set with an `img` folder of groups.
         sisms: the folder of SISMs, which has NAME.png (or another image suffix) for image NAME.jpg: directly for one
-            group, in a folder per group for a data set. None: do without.
+            group, in a folder per group for a data set. For one image, its SISM will do. None: do without.
 
     Raises:
         InputError: no such folder; or, in a folder of one group, no images, two of one name, or one without a SISM. In
             a data set such a group has it as its `problem`, so that the others can go on.
     """
-    if not path.is_dir():
-        raise InputError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}")
+    check_folder(path)
+    if path.is_file() and sisms is not None and sisms.is_file():
+        return [Group(path.stem, (path,), (sisms,))]
     if sisms is not None and not sisms.is_dir():
         raise InputError(
             f"{sisms}: {'not a folder' if sisms.exists() else 'no such folder'} (it should hold the SISMs)"
         )
+    if path.is_file():
+        return [Group(path.stem, (path,), None if sisms is None else matching([path], sisms, "SISM"))]
     if not (path / "img").is_dir():
         name = Path(os.path.abspath(path)).name  # noqa: PTH100  (a link keeps its own name)
         return [_group(name or "group", path, sisms)]
@@ -60,6 +64,22 @@ def find_groups(path: Path, sisms: Path | None) -> list[Group]:
         except InputError as problem:
             groups.append(Group(folder.name, (), None, problem))
     return groups
+
+
+def check_folder(path: Path) -> None:
+    """Raise InputError unless `path` is an image file, a data set, or a folder that may hold the images of a group."""
+    if path.is_file() and path.suffix.lower() in SUFFIXES:
+        return
+    if not path.is_dir():
+        raise InputError(f"{path}: {'neither a folder nor an image' if path.exists() else 'no such folder'}")
+    if (path / "img").is_dir() or image_files(path):
+        return
+    if folders := sorted(f.name for f in path.iterdir() if f.is_dir() and not f.name.startswith(".")):
+        several = ", ".join(folders[:3]) + ", …" * (len(folders) > 3)
+        raise InputError(
+            f"{path}: no images in it, but folders ({several}). Name one of them, or arrange a data set: the images in "
+            f"{path / 'img'}/GROUP/, their SISMs in {path / 'sism'}/GROUP/"
+        )
 
 
 def _group(name: str, folder: Path, sism_folder: Path | None) -> Group:

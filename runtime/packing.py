@@ -1,4 +1,4 @@
-"""Several groups in one call of a packed model: which go together, and how those of several threads find each other."""
+"""Several groups in one call of a packed model: which go together, and how groups of several threads are joined."""
 
 import threading
 import time
@@ -13,7 +13,7 @@ Tensors = tuple[NDArray[np.uint8], NDArray[np.uint8]]  # images and SISMs of a g
 
 
 def first_fit(sizes: Sequence[int], limit: int) -> list[int]:
-    """Which of the waiting groups go into the next call: the first in any case, then each that there is still room for.
+    """The waiting groups that go into the next call: the first in any case, then each that fits in the room left.
 
     Args:
         sizes: images of each group, in the order in which they came; one at least.
@@ -31,15 +31,15 @@ def first_fit(sizes: Sequence[int], limit: int) -> list[int]:
 
 
 class Packer:
-    """Joins groups that several threads ask for into calls.
+    """Joins groups from several threads into calls.
 
-    One of the waiting threads *collects*: when fewer than `slots` calls are in work, it takes the group that came
-    first and all that fit beside it, and runs them for everybody. What comes meanwhile waits for the next collector. So
-    a group that comes alone is run at once, and under load the calls fill up by themselves.
+    One of the waiting threads *collects*: when fewer than `slots` calls are in work, it takes the oldest group and all
+    that fit beside it, and runs them in one call. Groups that come meanwhile wait for the next collector. So a group
+    that comes alone runs at once, and calls fill up under load.
 
     Args:
         run: computes groups in one call; returns the maps of all, one after the other.
-        limit: images that a call takes. A larger group goes by itself.
+        limit: images that a call takes. A larger group gets a call of its own.
         slots: calls in work at once.
         delay: seconds that a group waits at most for others, though a call could start.
     """

@@ -2,33 +2,32 @@
 
 import math
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
-from itertools import count, islice
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.backends import Backend, Pending
+from runtime.backends import Backend
 from runtime.backends.mnn import MnnBackend
-from runtime.backends.onnx import CPU, Finished, OnnxBackend, Provider
+from runtime.backends.onnx import CPU, OnnxBackend, Provider
 from runtime.backends.tensorrt import TensorRTBackend
-from runtime.bank import Bank, BankModels, differ, most_images
-from runtime.contract import INPUTS, TensorSpec
+from runtime.bank import Bank
+from runtime.bank_models import BankModels, differ, most_images
+from runtime.contract import INPUTS, ExportKind, TensorSpec
 from runtime.errors import ICNetError, InputError, ModelError
-from runtime.packing import Packer, Tensors, first_fit
-from runtime.preprocess import ImageSource, image_tensor, restore_map, sism_tensor
-from runtime.threads import in_threads
+from runtime.files import check_model_file
+from runtime.pipeline import Pipeline, Task, restores
+from runtime.preprocess import ImageSource
+from runtime.threads import Workers
 
 MAX_THREADS = 1024
 UNORDERED = (str, bytes, os.PathLike, set, frozenset, dict)  # iterable, perhaps, but no sequence of images
 ENGINE_SUFFIXES = {".engine", ".plan", ".trt"}
 MNN_SUFFIX = ".mnn"
+CHECKPOINT_SUFFIXES = {".pth", ".pt", ".ckpt", ".safetensors"}
 
 
 class Predictor:
@@ -37,12 +36,12 @@ class Predictor:
         with Predictor("icnet.onnx") as predictor:
             maps = predictor(["a.jpg", "b.jpg"], ["a_sism.png", "b_sism.png"])
 
-    One Predictor may be called from several threads at once. Close it, or use it as a context manager, to give its
-    memory back.
+    One Predictor may be called from several threads at once. Close it, or use it as a context manager, to free its
+    memory.
 
     A *packed* model (`icnet export --packed`) takes several groups in one call: those of `predict_groups`, and those
-    that several threads ask for at the same time. The two files of a *bank export* (`icnet export --banked`) run groups
-    of any size in chunks, and compare images with a kept bank:
+    of several threads at the same time. The two files of a *bank export* (`icnet export --banked`) run groups of any
+    size in chunks, and compare images with a kept bank:
 
         with Predictor(bank=("icnet.intra.onnx", "icnet.banked.onnx")) as predictor:
             bank = predictor.bank(["a.jpg", "b.jpg"], ["a_sism.png", "b_sism.png"])
@@ -54,15 +53,19 @@ class Predictor:
             `trtexec`, run on a GPU. May be left out if `bank` is given.
         bank: the files (intra, banked) of a bank export, or what was built from them. Beside a model they run the
             groups that are too large for it.
-        threads: CPU threads for one call, which decode and resize images, and compute with ONNX Runtime or MNN; None
-            for one per core.
+        threads: the size of the pool that decodes, resizes and writes images, and the threads of a call of ONNX
+            Runtime or MNN; None for one per core.
         providers: ONNX Runtime: execution providers in order of preference, e.g. ["CUDAExecutionProvider"]; one that
             was asked for and can't be used is an error. On NVIDIA GPUs groups go through page-locked buffers.
         device: TensorRT: the GPU's number.
         slots: TensorRT: groups in flight at once, each with buffers for the largest group; at least 2.
         max_images: images in one call when groups are packed or run in chunks; a group that needs no chunks may be
-            larger. None for what the engine takes, and 32 with ONNX Runtime.
-        max_delay_ms: packed models: how long a group waits for those of other threads, though it could start.
+            larger. None for the engine's largest size, or 32 with ONNX Runtime.
+        max_delay_ms: packed models: the longest that a group which could start waits for groups of other threads.
+
+    Attributes:
+        path: the model's file, or the banked file of a bank export alone.
+        pipeline: the way of groups through the models, for this package's commands; not part of the stable API.
 
     Raises:
         ModelError: not a model file, or not an exported ICNet, or an engine that this TensorRT or GPU can't run; or
@@ -100,6 +103,12 @@ class Predictor:
             raise InputError(f"max_delay_ms={max_delay_ms!r}: expected milliseconds from 0")
 
         def start(path: Path) -> Backend:
+            if path.suffix.lower() in CHECKPOINT_SUFFIXES:
+                check_model_file(path)
+                onnx = path.with_suffix(".onnx").name
+                raise ModelError(
+                    f"{path}: a checkpoint; export it first: icnet export --checkpoint {path} --output {onnx}"
+                )
             if path.suffix.lower() in ENGINE_SUFFIXES:
                 backend: Backend = TensorRTBackend(path, slots=slots, device=device)
             elif path.suffix.lower() == MNN_SUFFIX:
@@ -110,23 +119,23 @@ class Predictor:
             return backend
 
         self.path = str(paths[0] if model is not None else paths[-1])
-        self._threads = threads
         self._backend: Backend | None = None
-        self._banks: BankModels | None = None
-        self._packer: Packer | None = None
-        self._most = 0
+        banks: BankModels | None = None
+        most = 0
         with ExitStack() as opened:  # models that were opened before an error are closed
+            workers = Workers(threads)
+            opened.callback(workers.close)
             if model is not None:
                 self._backend = start(paths[0])
                 _check_kind(self._backend)
-                self._most = most_images(max_images, self._backend.largest)
-                if self._backend.interface.kind == "packed":
-                    self._packer = Packer(self._run, self._most, self._backend.slots, max_delay_ms / 1000)
+                most = most_images(max_images, self._backend.largest)
             if bank is not None:
                 intra, banked = map(start, paths[-2:])
-                self._banks = BankModels(intra, banked, max_images)
-                if self._backend is not None and differ(self._backend.weights, self._banks.weights):
-                    raise ModelError(f"{self._banks.path}: of another network than {self.path}; export them again")
+                banks = BankModels(intra, banked, max_images)
+                if self._backend is not None and differ(self._backend.weights_digest, banks.weights_digest):
+                    raise ModelError(f"{banks.path}: of another network than {self.path}; export them again")
+            self.pipeline = Pipeline(self.path, workers, self._backend, banks, most, max_delay_ms / 1000)
+            opened.callback(self.pipeline.close)
             self._opened: ExitStack | None = opened.pop_all()
 
     def __call__(self, images: Iterable[ImageSource], sisms: Iterable[ImageSource]) -> list[NDArray[np.float32]]:
@@ -143,8 +152,7 @@ class Predictor:
             InputError: no images, counts that differ, or one that can't be used; the message names it.
             ModelError: the model takes groups of another size only, or fails.
         """
-        tensors, sism_tensors, sizes = self._prepare(images, sisms)
-        return self._restored(self._maps(tensors, sism_tensors), sizes)
+        return self._maps(images, sisms)
 
     def bank(self, images: Iterable[ImageSource], sisms: Iterable[ImageSource]) -> Bank:
         """The bank of a group's images, to compare others with.
@@ -160,14 +168,14 @@ class Predictor:
             InputError: as for calling the Predictor.
             ModelError: there are no files of a bank export, or they fail.
         """
-        banks = self._bank_models()
-        tensors, sism_tensors, _ = self._prepare(images, sisms, kept=True)
-        return Bank(banks.sivs(tensors, sism_tensors), banks.model)
+        banks = self.pipeline.bank_models()
+        pixels = self.pipeline.read(*_listed(images, sisms), kept=True)
+        return Bank(banks.sivs(pixels.images, pixels.sisms), banks.model)
 
     def against(
         self, bank: Bank, images: Iterable[ImageSource], sisms: Iterable[ImageSource]
     ) -> list[NDArray[np.float32]]:
-        """Co-saliency maps of images against a kept bank: each as if it were in the bank's group, by itself.
+        """Co-saliency maps of images against a kept bank: each image as if it alone joined the bank's group.
 
         Args:
             bank: from `bank` or `Bank.load`; the images need not be in it.
@@ -181,76 +189,32 @@ class Predictor:
             InputError: as for calling the Predictor; or the bank is empty or of another model.
             ModelError: there are no files of a bank export, or they don't take a bank of this size, or fail.
         """
-        self._bank_models().check(bank)
-        tensors, sism_tensors, sizes = self._prepare(images, sisms, kept=True)
-        return self._restored(self._maps(tensors, sism_tensors, bank), sizes)
+        self.pipeline.bank_models().check(bank)
+        return self._maps(images, sisms, bank)
 
     def predict_groups(
         self, groups: Iterable[tuple[Iterable[ImageSource], Iterable[ImageSource]]], *, ahead: int = 4
     ) -> Iterator[list[NDArray[np.float32]]]:
         """Co-saliency maps of many groups, in order; images are decoded and resized in threads ahead of the engine.
 
-        A packed model gets several groups at once: the oldest, and of those that came after it all that fit beside it,
-        up to the largest number of images that it takes.
+        A packed model gets several groups at once: the oldest, and the later ones that fit beside it, up to the
+        largest number of images that it takes.
 
         Args:
-            groups: (images, sisms) per group, each as for calling the Predictor; read as far as needed, for a packed
-                model until one call is full.
+            groups: (images, sisms) per group, each as for calling the Predictor. No more of them are read than needed:
+                `ahead` groups, or for a packed model enough to fill one call.
             ahead: groups that are decoded before their turn.
 
         Yields:
             What a call with that group returns.
 
         Raises:
-            ICNetError: as a call with that group does, when it is that group's turn.
+            ICNetError: as a call with that group does, at that group's turn.
         """
-        self._check_open()
-        slots = 1 if self._backend is None else self._backend.slots
-        full = self._most if self._packer else 0  # images; a plain model gets one group after the other
-        source = enumerate(groups)
-        decoding: deque[tuple[int, Future[_Prepared]]] = deque()
-        waiting: list[tuple[int, _Prepared]] = []
-        in_work: deque[tuple[Pending, list[tuple[int, _Prepared]]]] = deque()
-        finished: dict[int, NDArray[np.float32] | ICNetError] = {}
-        sizes_of: dict[int, Sequence[tuple[int, int]]] = {}
-        pool = ThreadPoolExecutor(thread_name_prefix="icnet-decode")
-        try:
-            for turn in count():
-                while turn not in finished:
-                    for number, group in islice(source, max(ahead, 1) - len(decoding)):
-                        decoding.append((number, pool.submit(self._prepare, *group)))
-                    images = [len(group[0]) for _, group in waiting]
-                    if len(in_work) < slots and decoding and (not waiting or sum(images) < full):
-                        number, future = decoding.popleft()
-                        try:
-                            waiting.append((number, future.result()))
-                        except ICNetError as error:
-                            finished[number] = error
-                    elif len(in_work) < slots and waiting:
-                        chosen = first_fit(images, full)
-                        batch = [waiting[index] for index in chosen]
-                        waiting = [group for index, group in enumerate(waiting) if index not in chosen]
-                        try:
-                            in_work.append((self._start([group[:2] for _, group in batch]), batch))
-                        except ICNetError as error:
-                            finished.update((number, error) for number, _ in batch)
-                    elif in_work:
-                        pending, batch = in_work.popleft()
-                        try:
-                            ends = np.cumsum([len(group[0]) for _, group in batch])
-                            maps = np.split(self._finish(pending, ends[-1]), ends[:-1])
-                            finished.update((number, m) for (number, _), m in zip(batch, maps, strict=True))
-                        except ICNetError as error:
-                            finished.update((number, error) for number, _ in batch)
-                        sizes_of.update((number, group[2]) for number, group in batch)
-                    else:
-                        return
-                outcome = finished.pop(turn)
-                if isinstance(outcome, ICNetError):
-                    raise outcome
-                yield self._restored(self._checked(outcome), sizes_of.pop(turn))
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for outcome in self.pipeline.stream(self._tasks(groups), ahead=ahead):
+            if isinstance(outcome, ICNetError):
+                raise outcome
+            yield outcome
 
     def predict_tensors(
         self, images: NDArray[np.uint8], sisms: NDArray[np.uint8], bank: Bank | None = None
@@ -270,73 +234,30 @@ class Predictor:
             ModelError: the model takes groups of another size only, or fails.
         """
         if bank is not None:
-            self._bank_models().check(bank)
+            self.pipeline.bank_models().check(bank)
         for spec, array in zip(INPUTS, (images, sisms), strict=True):
             _check_tensor(spec, array)
-        self._check_group(len(images), len(sisms), kept=bank is not None)
-        return self._maps(images, sisms, bank)
-
-    def _prepare(self, images: Iterable[ImageSource], sisms: Iterable[ImageSource], kept: bool = False) -> "_Prepared":
-        """A group as the network's tensors, and its images' own sizes."""
-        images, sisms = _listed(images, "images", 4), _listed(sisms, "sisms", 3)
-        self._check_group(len(images), len(sisms), kept)
-        pairs = enumerate(zip(images, sisms, strict=True))
-        read = in_threads([partial(_read, i, *pair) for i, pair in pairs], self._threads)
-        tensors, sism_tensors, sizes = zip(*read, strict=True)
-        return np.stack(tensors), np.stack(sism_tensors), sizes
+        self.pipeline.check_group(len(images), len(sisms), kept=bank is not None)
+        return self.pipeline.maps(images, sisms, bank)
 
     def _maps(
-        self, images: NDArray[np.uint8], sisms: NDArray[np.uint8], bank: Bank | None = None
-    ) -> NDArray[np.float32]:
-        """The maps of a group on its own, or against a bank."""
-        if bank is not None:
-            return self._checked(self._bank_models().maps(images, sisms, bank.sivs))
-        if self._packer is not None and not self._in_chunks(len(images)):
-            return self._checked(self._packer(images, sisms))
-        return self._checked(self._run([(images, sisms)]))
+        self, images: Iterable[ImageSource], sisms: Iterable[ImageSource], bank: Bank | None = None
+    ) -> list[NDArray[np.float32]]:
+        """The maps of a group on its own, or against a bank, at its images' own sizes."""
+        pixels = self.pipeline.read(*_listed(images, sisms), kept=bank is not None)
+        maps = self.pipeline.maps(pixels.images, pixels.sisms, bank)
+        return self.pipeline.workers.run(restores(pixels, maps))
 
-    def _in_chunks(self, images: int) -> bool:
-        """Whether a group of so many images goes through the bank export."""
-        return self._banks is not None and (self._backend is None or images > self._most)
-
-    def _start(self, groups: Sequence[Tensors]) -> Pending:
-        """Start on groups in one call; a plain model takes one."""
-        self._check_open()
-        images, sisms = groups[0] if len(groups) == 1 else map(np.concatenate, zip(*groups, strict=True))
-        if self._banks is not None and self._in_chunks(len(images)):
-            return Finished(self._banks.group(images, sisms))
-        assert self._backend is not None
-        self._backend.check_group(len(images))
-        if self._packer is None:
-            return self._backend.submit(images, sisms)
-        labels = np.repeat(np.arange(len(groups), dtype=np.int32), [len(group[0]) for group in groups])
-        return self._backend.submit(images, sisms, labels)
-
-    def _run(self, groups: Sequence[Tensors]) -> NDArray[np.float32]:
-        """The maps of groups in one call, one after the other."""
-        return self._finish(self._start(groups), sum(len(group[0]) for group in groups))
-
-    def _finish(self, pending: Pending, images: int) -> NDArray[np.float32]:
-        """The maps of a call."""
-        maps = pending.result()
-        if len(maps) != images:
-            raise ModelError(
-                f"{self.path}: the model gave {len(maps)} maps for {images} images; it is not an ICNet export"
-            )
-        return maps
-
-    def _checked(self, maps: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The maps of a group, if they can be maps at all."""
-        low, high = maps.min(), maps.max()  # NaN is carried through both
-        if not (np.isfinite(low) and np.isfinite(high)):
-            raise ModelError(f"{self.path}: the model computed NaN or infinite values; its weights may be damaged")
-        if low < 0 or high > 1:
-            raise ModelError(f"{self.path}: the model's maps leave [0, 1]: [{low:g}, {high:g}]")
-        return maps
-
-    def _restored(self, maps: NDArray[np.float32], sizes: Sequence[tuple[int, int]]) -> list[NDArray[np.float32]]:
-        """The maps of a group at its images' own sizes."""
-        return in_threads([partial(restore_map, *pair) for pair in zip(maps, sizes, strict=True)], self._threads)
+    def _tasks(
+        self, groups: Iterable[tuple[Iterable[ImageSource], Iterable[ImageSource]]]
+    ) -> Iterator[Task[NDArray[np.float32]] | ICNetError]:
+        for images, sisms in groups:
+            try:
+                task = Task(self.pipeline.reads(*_listed(images, sisms)), restores)
+            except ICNetError as error:
+                yield error
+            else:
+                yield task
 
     def close(self) -> None:
         """Give back the models' memory; calls after this raise `ICNetError`. Closing twice is fine."""
@@ -353,61 +274,22 @@ class Predictor:
     @property
     def packed(self) -> bool:
         """Whether the model takes several groups in one call."""
-        return self._packer is not None
-
-    def _check_open(self) -> None:
-        if self._opened is None:
-            raise ICNetError(f"{self.path}: this Predictor is closed")
-
-    def _bank_models(self) -> BankModels:
-        self._check_open()
-        if self._banks is None:
-            raise ModelError(
-                f"{self.path}: banks take the two files of a bank export: icnet export --banked, then "
-                "Predictor(bank=(NAME.intra.onnx, NAME.banked.onnx))"
-            )
-        return self._banks
-
-    def _check_group(self, images: int, sisms: int, kept: bool) -> None:
-        """Check a group's size; one for a kept bank may have any."""
-        self._check_open()
-        if images != sisms:
-            raise InputError(f"{images} images but {sisms} SISMs: every image needs its own")
-        if images == 0:
-            raise InputError("no images: a group has at least one")
-        if kept or self._backend is None or self._in_chunks(images):
-            return
-        try:
-            self._backend.check_group(images)
-        except ModelError as error:
-            if images <= (self._backend.largest or images):
-                raise
-            raise ModelError(
-                f"{error}; or run it in chunks, with the two files of a bank export: icnet export --banked, then "
-                "Predictor(MODEL, bank=(NAME.intra, NAME.banked))"
-            ) from None
-
-
-def _read(
-    index: int, image: ImageSource, sism: ImageSource
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8], tuple[int, int]]:
-    """An image and its SISM as the network's tensors, and the image's own size."""
-    tensor, size = image_tensor(image, f"images[{index}]")
-    return tensor, sism_tensor(sism, f"sisms[{index}]"), size
+        return self.pipeline.packed
 
 
 def _check_kind(backend: Backend) -> None:
-    if backend.interface.kind not in ("plain", "packed"):
+    if backend.interface.kind not in (ExportKind.PLAIN, ExportKind.PACKED):
         raise ModelError(
             f"{backend.path}: one of the two files of a bank export; give both: "
             "Predictor(bank=(NAME.intra, NAME.banked))"
         )
 
 
-_Prepared = tuple[NDArray[np.uint8], NDArray[np.uint8], Sequence[tuple[int, int]]]
+def _listed(images: Iterable[ImageSource], sisms: Iterable[ImageSource]) -> tuple[list[ImageSource], list[ImageSource]]:
+    return _list(images, "images", 4), _list(sisms, "sisms", 3)
 
 
-def _listed(sources: Iterable[ImageSource], what: str, ndim: int) -> list[ImageSource]:
+def _list(sources: Iterable[ImageSource], what: str, ndim: int) -> list[ImageSource]:
     """A list with one entry per image; an array must have `ndim` axes at least, or it is one image and no group."""
     if isinstance(sources, UNORDERED) or not isinstance(sources, Iterable):
         raise InputError(f"{what}: expected a sequence with one entry per image, got {type(sources).__name__}")
@@ -415,7 +297,11 @@ def _listed(sources: Iterable[ImageSource], what: str, ndim: int) -> list[ImageS
         raise InputError(
             f"{what}: expected a sequence with one entry per image, got one array of shape {sources.shape}"
         )
-    return list(sources)
+    listed = list(sources)
+    for index, source in enumerate(listed):
+        if source is None:  # which inside the package asks for a built-in SISM
+            raise InputError(f"{what}[{index}]: expected a path, a NumPy array or a PIL image, got NoneType")
+    return listed
 
 
 def _check_tensor(spec: TensorSpec, array: object) -> None:

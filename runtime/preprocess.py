@@ -7,6 +7,7 @@ with; OpenCV's bilinear does not antialias and gives the network other pixels.
 import os
 import stat
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from runtime.contract import SIZE
 from runtime.errors import InputError
+from runtime.sisms import builtin_sism
 
 ImageSource = str | os.PathLike[str] | NDArray[np.generic] | Image.Image
 
@@ -22,6 +24,40 @@ TOLERANCE = 1e-3  # how far a float may lie outside [0, 1] by rounding
 MIN_SIDE = 2  # pixels: one row, one column or one pixel shows no object
 ORIENTATION = 0x0112  # EXIF tag; from 5 on, width and height change places
 BILINEAR = Image.Resampling.BILINEAR
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """An image and its SISM as the network takes them.
+
+    Attributes:
+        image: RGB uint8 [224, 224, 3].
+        sism: uint8 [224, 224].
+        size: (width, height) of the upright image in pixels, to which its map is restored.
+    """
+
+    image: NDArray[np.uint8]
+    sism: NDArray[np.uint8]
+    size: tuple[int, int]
+
+
+def read_pixels(
+    image: ImageSource, sism: ImageSource | None, image_name: str = "image", sism_name: str = "SISM"
+) -> Pixels:
+    """Read an image and its SISM and resize both for the network: the only way for pixels of groups.
+
+    Args:
+        image: as for `image_tensor`.
+        sism: as for `sism_tensor`; None for the built-in SISM of the resized image.
+        image_name: as for `image_tensor`.
+        sism_name: as for `sism_tensor`.
+
+    Raises:
+        InputError: one of them can't be read, or is no image.
+        DependencyError: the built-in SISM was asked for and OpenCV is not installed.
+    """
+    tensor, size = image_tensor(image, image_name)
+    return Pixels(tensor, builtin_sism(tensor) if sism is None else sism_tensor(sism, sism_name), size)
 
 
 def image_tensor(source: ImageSource, name: str = "image") -> tuple[NDArray[np.uint8], tuple[int, int]]:
@@ -39,8 +75,8 @@ def image_tensor(source: ImageSource, name: str = "image") -> tuple[NDArray[np.u
     Raises:
         InputError: it can't be read, or is no image.
     """
-    image = read_image(source, name, mode="RGB", behind=(255, 255, 255, 255))
-    return np.asarray(image.resize((SIZE, SIZE), BILINEAR)), image.size
+    image = rgb_image(source, name)
+    return resized(image), image.size
 
 
 def sism_tensor(source: ImageSource, name: str = "SISM") -> NDArray[np.uint8]:
@@ -62,7 +98,21 @@ def sism_tensor(source: ImageSource, name: str = "SISM") -> NDArray[np.uint8]:
         raise InputError(
             f"{name}: its values are 0 and 1 of 255, so nothing is salient; a mask must be bool, or 0 and 255"
         )
-    return np.asarray(sism.resize((SIZE, SIZE), BILINEAR))
+    return resized(sism)
+
+
+def rgb_image(source: ImageSource, name: str = "image") -> Image.Image:
+    """Read an image at its own size, as `image_tensor` does before it resizes.
+
+    Raises:
+        InputError: it can't be read, or is no image.
+    """
+    return read_image(source, name, mode="RGB", behind=(255, 255, 255, 255))
+
+
+def resized(image: Image.Image) -> NDArray[np.uint8]:
+    """An 8-bit RGB image or grey SISM at the network's size: uint8 [224, 224, 3] or [224, 224]."""
+    return np.asarray(image.resize((SIZE, SIZE), BILINEAR))
 
 
 def grey_image(source: ImageSource, size: tuple[int, int] | None = None, name: str = "grey image") -> NDArray[np.uint8]:

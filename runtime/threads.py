@@ -1,9 +1,11 @@
-"""Work in threads, and how many are worth having."""
+"""A lasting pool of threads, in which Pillow decodes, resizes and encodes outside Python's lock."""
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Generic, Self, TypeVar
+
+from runtime.errors import ICNetError
 
 T = TypeVar("T")
 
@@ -13,18 +15,75 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_threads(calls: Sequence[Callable[[], T]], threads: int | None = None) -> list[T]:
-    """The calls' results, in order; Pillow decodes, resizes and encodes outside Python's lock.
+class Batch(Generic[T]):
+    """Calls that were given to a pool."""
+
+    def __init__(self, calls: Sequence[Callable[[], T]], futures: Sequence[Future[T]]) -> None:
+        self._calls, self._futures = calls, futures
+
+    def results(self) -> list[T]:
+        """The calls' results, in order. The waiting thread runs the calls that no thread of the pool has begun.
+
+        So a batch is finished however busy the pool is, even by a thread of the pool itself.
+
+        Raises:
+            Exception: the first failed call's, in the order of the calls. The calls that have not begun are cancelled.
+        """
+        try:
+            pairs = zip(self._calls, self._futures, strict=True)
+            return [call() if future.cancel() else future.result() for call, future in pairs]
+        except BaseException:
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        """Cancel the calls that have not begun, and wait for the others."""
+        wait([future for future in self._futures if not future.cancel()])
+
+
+class Workers:
+    """A pool of threads; they start with the first calls and end with `close`.
 
     Args:
-        calls: what to do.
-        threads: how many at once; None for one per CPU.
-
-    Raises:
-        Exception: of the calls that failed the first one's; those that had not begun are left out.
+        threads: the number of threads; None for one per CPU.
     """
-    threads = min(len(calls), threads or cores())
-    if threads < 2:
-        return [call() for call in calls]
-    with ThreadPoolExecutor(threads, "icnet-images") as pool:
-        return list(pool.map(lambda call: call(), calls))
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads or cores()
+        self._pool = ThreadPoolExecutor(self._threads, "icnet-images")
+        self._closed = False
+
+    def submit(self, calls: Sequence[Callable[[], T]]) -> Batch[T]:
+        """Begin with calls and return at once.
+
+        Raises:
+            ICNetError: the pool is closed.
+        """
+        try:
+            return Batch(calls, [self._pool.submit(call) for call in calls])
+        except RuntimeError as error:
+            if not self._closed:
+                raise
+            raise ICNetError("this Predictor is closed") from error
+
+    def run(self, calls: Sequence[Callable[[], T]]) -> list[T]:
+        """The calls' results, in order; in the calling thread alone if the pool has one thread.
+
+        Raises:
+            Exception: as `Batch.results`.
+            ICNetError: the pool is closed.
+        """
+        if self._threads == 1 or len(calls) < 2:
+            return [call() for call in calls]
+        return self.submit(calls).results()
+
+    def close(self) -> None:
+        """Finish the calls that were submitted, and end the threads."""
+        self._closed = True
+        self._pool.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

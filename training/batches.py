@@ -1,23 +1,20 @@
-"""What a step of training sees: images of one group, their SISMs and their ground truth.
+"""The batches of training: images of one group, their SISMs and their ground truths, read as for prediction.
 
-Batches are numbered, and a batch follows from the seed and its number alone.
+A batch depends on the seed and its number alone.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from runtime.contract import SIZE
 from runtime.errors import ICNetError, InputError
 from runtime.groups import find_groups, matching
-from runtime.preprocess import read_image, upright_size
-from training.paste import CutPaste
+from runtime.preprocess import read_pixels, sism_tensor, upright_size
+from training.paste import CutPaste, Pixels
 
 
 @dataclass(frozen=True)
@@ -115,11 +112,9 @@ class DataSetBatches(Dataset["Batch | ICNetError"]):
         return self._epoch[1]
 
 
-def _sample(files: Sequence[Path], flip: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image, SISM and mask, resized as for prediction and mirrored together."""
-    image, sism, mask = (
-        np.asarray(read_image(path, "", mode, (0, 0, 0, 255)).resize((SIZE, SIZE), Image.Resampling.BILINEAR))
-        for path, mode in zip(files, ("RGB", "L", "L"), strict=True)
-    )
+def _sample(files: tuple[Path, Path, Path], flip: bool) -> tuple[Pixels, Pixels, Pixels]:
+    """Image, SISM and mask, read as for prediction and mirrored together."""
+    image, sism, mask = files
+    pixels = read_pixels(image, sism)
     step = -1 if flip else 1
-    return image[:, ::step], sism[:, ::step], mask[:, ::step]
+    return pixels.image[:, ::step], pixels.sism[:, ::step], sism_tensor(mask)[:, ::step]

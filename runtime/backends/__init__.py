@@ -24,9 +24,9 @@ class Backend(Protocol):
     interface: Interface
     slots: int  # calls that are worth having in work at once
     largest: int | None  # images that one call takes; None for any number
-    weights: str | None  # digest of the network's weights, if the file tells
+    weights_digest: str | None  # digest of the network's weights, if the file tells
 
-    def check_group(self, images: int, bank: int = 1) -> None:
+    def check_group(self, images: int, bank_size: int = 1) -> None:
         """Raise ModelError if the model can't take so many images at once, or a bank of so many SIVs."""
         ...
 

@@ -1,7 +1,7 @@
 """MNN on the CPU: Winograd convolutions, for .mnn files from `icnet build --backend mnn`.
 
-One session serves calls of all lengths: a change of length only plans the memory anew, while the transformed weights,
-which are dear to make, stay. A call uses all threads that it was given, so calls from several threads take turns.
+One session serves calls of all lengths. A change of length plans the memory anew; the transformed weights, which take
+long to compute, stay. A call uses all of the session's threads, so calls from several threads take turns.
 """
 
 import ctypes
@@ -21,13 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.onnx import Finished
-from runtime.contract import SIZE, WEIGHTS, TensorSpec, check_contract
-from runtime.errors import DependencyError, ICNetError, ModelError, one_line
+from runtime.contract import SIZE, WEIGHTS, ExportKind, TensorSpec, check_contract
+from runtime.errors import DependencyError, ICNetError, ModelError, how_to_install, one_line
 from runtime.files import check_model_file
 from runtime.threads import cores
 
 OUT_OF_MEMORY = 1  # MNN's ErrorCode
-# MNN counts a tensor's bytes in 32 bits: beyond that it computes other maps without a word, or crashes. The largest
+# MNN counts a tensor's bytes in 32 bits: beyond that it computes wrong maps without an error, or crashes. The largest
 # tensors are refine_1's joined features and Co4's correlation maps.
 MAX_BYTES = 2**31 - 1
 FEATURES, PADDED = 96, 16  # channels at width 1, at 224×224 pixels; to a multiple of which MNN may pad them
@@ -55,7 +55,7 @@ class MnnBackend:
             try:
                 import MNN
             except ImportError as error:
-                raise DependencyError("MNN is not installed: pip install 'icnet-deploy[mnn]'") from error
+                raise DependencyError(f"MNN is not installed: {how_to_install('mnn')}") from error
             try:
                 self._interpreter = MNN.Interpreter(str(self.path))
             except Exception as error:  # MNN raises Exception itself, and prints the reason
@@ -74,24 +74,24 @@ class MnnBackend:
         self.largest = self.interface.size
         notes = _notes(self.path)
         weights = notes.get(WEIGHTS)
-        self.weights = weights if isinstance(weights, str) else None
+        self.weights_digest = weights if isinstance(weights, str) else None
         self._image_bytes = 4 * SIZE**2 * PADDED * ceil(FEATURES * _width(notes) / PADDED)
         self._planned: list[int] | None = None  # the inputs' lengths
         self._lock = threading.Lock()
 
-    def check_group(self, images: int, bank: int = 1) -> None:
-        """Raise ModelError if the model was built for groups, or banks, of another size, or MNN can't count so far."""
+    def check_group(self, images: int, bank_size: int = 1) -> None:
+        """Raise ModelError if the model is for groups or banks of another size, or if tensors get too large for MNN."""
         kind = self.interface.kind
-        rows = self.interface.inputs[-1].shape[0] if kind == "banked" else None
-        for what, size, found in (("groups", self.interface.size, images), ("banks", rows, bank)):
+        rows = self.interface.inputs[-1].shape[0] if kind is ExportKind.BANKED else None
+        for what, size, found in (("groups", self.interface.size, images), ("banks", rows, bank_size)):
             if size not in (None, found):
                 raise ModelError(
                     f"{self.path}: built for {what} of exactly {size} images, got {found}; "
                     "icnet build --backend mnn makes files for any number"
                 )
-        pairs = {"intra": 0, "banked": images * bank}.get(kind, images**2)
+        pairs = {ExportKind.INTRA: 0, ExportKind.BANKED: images * bank_size}.get(kind, images**2)
         if max(images * self._image_bytes, pairs * PAIR_BYTES) > MAX_BYTES:
-            beside = f" with a bank of {bank}" if kind == "banked" else ""
+            beside = f" with a bank of {bank_size}" if kind is ExportKind.BANKED else ""
             raise ModelError(
                 f"{self.path}: {images} images{beside} are too many at once for MNN, which has 2 GB per tensor; run "
                 "fewer at once (max_images; a large group takes the two files of a bank export), or run the ONNX file"
@@ -180,7 +180,7 @@ def _width(notes: dict[str, Any]) -> float:
         return 1.0
 
 
-_silencing = threading.Lock()  # of two at once, the second would take the first one's silence for standard output
+_silencing = threading.Lock()  # one at a time: a second call would save the first call's /dev/null as standard output
 
 
 @contextmanager

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.cuda import PageLocked
-from runtime.contract import WEIGHTS, Interface, TensorSpec, check_contract
-from runtime.errors import DependencyError, ICNetError, ModelError, one_line
+from runtime.contract import WEIGHTS, ExportKind, Interface, TensorSpec, check_contract
+from runtime.errors import DependencyError, ICNetError, ModelError, how_to_install, one_line
 from runtime.files import check_model_file
 
 CPU = "CPUExecutionProvider"
@@ -63,7 +63,7 @@ class OnnxBackend:
             import onnxruntime as ort
         except ImportError as error:
             raise DependencyError(
-                "onnxruntime is not installed: pip install 'icnet-deploy[cpu]' (or onnxruntime-gpu; not both)"
+                f"onnxruntime is not installed: {how_to_install('cpu')} (or onnxruntime-gpu; not both)"
             ) from error
         self.path = path
         check_model_file(path)
@@ -78,11 +78,11 @@ class OnnxBackend:
             ort.preload_dlls()  # CUDA and cuDNN from their wheels, where the loader does not look
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
-        # Else, once it has seen a size, ONNX Runtime takes one block for all of a call's tensors: no faster, and on
-        # top of the memory of the first call.
+        # With memory patterns ONNX Runtime allocates one block for all tensors of a size that it has seen: no faster,
+        # and in addition to the memory of the first call.
         options.enable_mem_pattern = False
         # Threads that wait for work keep their cores busy. Within a call that saves time; after it, it takes the cores
-        # from those who resize and write the maps.
+        # from the threads that resize and write the maps.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3  # errors; they reach the caller as exceptions
         try:
@@ -99,16 +99,16 @@ class OnnxBackend:
             self.path, [_spec(t) for t in self._session.get_inputs()], [_spec(t) for t in self._session.get_outputs()]
         )
         self.largest = self.interface.size
-        self.weights: str | None = self._session.get_modelmeta().custom_metadata_map.get(WEIGHTS)
+        self.weights_digest: str | None = self._session.get_modelmeta().custom_metadata_map.get(WEIGHTS)
         self._bindings: _Bindings | None = None
-        self._last = ort.RunOptions()  # of a call that leaves nothing behind; it costs time to take new memory
+        self._last = ort.RunOptions()  # frees the memory of the call; allocating it again takes time
         self._last.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         if on_gpu:
             device = 0 if isinstance(on_gpu[0], str) else int(on_gpu[0][1].get("device_id", 0))
             self._bindings = _Bindings(ort, self._session, self.interface, device)
             self._finalizer = weakref.finalize(self, self._bindings.close)
 
-    def check_group(self, images: int, bank: int = 1) -> None:
+    def check_group(self, images: int, bank_size: int = 1) -> None:
         """Raise ModelError if the model was built for groups, or banks, of another size."""
         if self.interface.size not in (None, images):
             raise ModelError(
@@ -116,9 +116,9 @@ class OnnxBackend:
                 "export it with a dynamic group axis (icnet export does)"
             )
         rows = self.interface.inputs[-1].shape[0]
-        if self.interface.kind == "banked" and isinstance(rows, int) and rows != bank:
+        if self.interface.kind is ExportKind.BANKED and isinstance(rows, int) and rows != bank_size:
             raise ModelError(
-                f"{self.path}: built for banks of exactly {rows} images, got {bank}; "
+                f"{self.path}: built for banks of exactly {rows} images, got {bank_size}; "
                 "export it with dynamic axes (icnet export --banked does)"
             )
 
@@ -150,7 +150,7 @@ class OnnxBackend:
 
 
 class _Bindings:
-    """The bindings, and who has them.
+    """The bindings: how many there are, and which are free.
 
     Args:
         ort: the module `onnxruntime`.

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX engines, built by us or by anybody, through page-locked buffers on CUDA streams.
+"""TensorRT and TensorRT-RTX engines from any builder, through page-locked buffers on CUDA streams.
 
 A *slot* is all that one call needs on its way through the device: an execution context, a stream, an event,
 page-locked host buffers and device buffers for the largest tensors of any profile, allocated once. A call's copies in,
@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.cuda import Capture, Cuda
-from runtime.contract import ENGINE_NAME, Interface, TensorSpec, check_contract
-from runtime.errors import DependencyError, ICNetError, ModelError
+from runtime.contract import ENGINE_NAME, ExportKind, Interface, TensorSpec, check_contract
+from runtime.errors import DependencyError, ICNetError, ModelError, how_to_install
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class TensorRTBackend:
 
     Raises:
         DependencyError: no TensorRT, PyCUDA, driver or GPU.
-        ModelError: not an engine of ours, or of another TensorRT or GPU; or not enough memory.
+        ModelError: not an engine of an exported ICNet, or of another TensorRT or GPU; or not enough memory.
     """
 
     def __init__(self, path: Path, *, slots: int = 2, graphs: int = 16, device: int = 0) -> None:
@@ -58,10 +58,12 @@ class TensorRTBackend:
                 inputs = [spec for spec, is_input in specs if is_input]
                 self.interface = check_contract(path, inputs, [spec for spec, is_input in specs if not is_input])
                 self.profiles = _profiles(engine, self.interface)
-                self._images = len(self.interface.inputs) - (self.interface.kind == "banked")  # inputs of length N
+                self._images = len(self.interface.inputs) - (
+                    self.interface.kind is ExportKind.BANKED
+                )  # inputs of length N
                 self.largest: int | None = max(high for _, high in self._ranges())
                 name = str(getattr(engine, "name", ""))
-                self.weights = name.removeprefix(ENGINE_NAME) if name.startswith(ENGINE_NAME) else None
+                self.weights_digest = name.removeprefix(ENGINE_NAME) if name.startswith(ENGINE_NAME) else None
                 slots_made = []
                 for _ in range(self.slots):
                     slots_made.append(_Slot(cuda, trt, engine, self.interface, self.profiles, graphs))
@@ -73,17 +75,19 @@ class TensorRTBackend:
             raise
         self._finalizer = weakref.finalize(self, self._pool.close)
 
-    def check_group(self, images: int, bank: int = 1) -> None:
+    def check_group(self, images: int, bank_size: int = 1) -> None:
         """Raise ModelError unless some profile takes so many images at once, and a bank of so many SIVs."""
         if not any(low <= images <= high for low, high in self._ranges()):
             raise ModelError(
                 f"{self.path}: built for groups of {_either(self._ranges())} images, got {images}; "
                 f"rebuild it with a profile that holds {images}: icnet build --max {images}"
             )
-        if self.interface.kind == "banked" and not any(_fits(p, (images, images, bank)) for p in self.profiles):
+        if self.interface.kind is ExportKind.BANKED and not any(
+            _fits(p, (images, images, bank_size)) for p in self.profiles
+        ):
             raise ModelError(
                 f"{self.path}: built for banks of {_either([(p[2][0], p[2][2]) for p in self.profiles])} images, got "
-                f"{bank}; rebuild it with a profile that holds {bank}: icnet build --max-bank {bank}"
+                f"{bank_size}; rebuild it with a profile that holds {bank_size}: icnet build --max-bank {bank_size}"
             )
 
     def _ranges(self) -> list[tuple[int, int]]:
@@ -104,7 +108,7 @@ class TensorRTBackend:
 
 
 class Pending:
-    """A group in flight. Anybody may finish it: its own caller, or one who needs its slot."""
+    """A group in flight. Its own caller may finish it, or a thread that needs its slot."""
 
     def __init__(self, pool: "_Pool", slot: "_Slot", images: int) -> None:
         self._pool, self._images = pool, images
@@ -135,7 +139,7 @@ class Pending:
 
 
 class _Pool:
-    """The slots, and who has them."""
+    """The slots: which are free, and which groups are in flight."""
 
     def __init__(self, cuda: Cuda, slots: list["_Slot"]) -> None:
         self._cuda = cuda
@@ -162,7 +166,7 @@ class _Pool:
         return pending
 
     def _acquire(self) -> "_Slot":
-        """A free slot. If there is none, finish the oldest group in flight, whoever waits for it."""
+        """A free slot. If there is none, finish the oldest group in flight, whichever thread waits for it."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._free or self._in_flight)
@@ -358,7 +362,7 @@ def _deserialise(path: Path, content: bytes) -> tuple[Any, Any]:
         if engine is not None:
             return engine, trt
     if not heard:
-        raise DependencyError("TensorRT is not installed: pip install 'icnet-deploy[tensorrt]' (or [tensorrt-rtx])")
+        raise DependencyError(f"TensorRT is not installed: {how_to_install('tensorrt')} (or [tensorrt-rtx])")
     raise ModelError(
         f"{path}: can't be loaded; an engine runs with the TensorRT version and on the kind of GPU that it was built "
         f"for: rebuild it here with icnet build --onnx MODEL.onnx --output {path} ({heard[0]})"

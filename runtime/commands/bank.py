@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from runtime.commands.predict import add_model_arguments, open_predictor, read_group, sism_folder
+from runtime.commands.predict import add_model_arguments, open_predictor, sism_folder
 from runtime.errors import InputError, OutputError
 from runtime.files import same_file
 from runtime.groups import find_groups
@@ -30,8 +30,8 @@ def run(args: argparse.Namespace) -> int:
     if any(same_file(args.output, file) for file in (args.model, *group.images, *(group.sisms or ()))):
         raise OutputError(f"{args.output}: is an input; choose another --output")
     with open_predictor(args.model, args.threads, banks_only=True) as predictor:
-        images, sisms, _ = read_group(group, args.threads)
-        bank = predictor.bank(images, sisms if group.sisms is None else group.sisms)
+        pixels = predictor.pipeline.read(group.images, group.sisms, kept=True)
+        bank = predictor.bank(pixels.images, pixels.sisms)
     bank.save(args.output)
     print(f"{args.output}: {len(bank)} image{'s' * (len(bank) != 1)}, for icnet predict --bank")
     return 0

@@ -1,4 +1,4 @@
-"""Contact sheets: what went into a group and what came out, to look at."""
+"""Contact sheets: the inputs and maps of a group in one picture."""
 
 import math
 from collections.abc import Sequence

@@ -1,8 +1,7 @@
 """`icnet predict`: folders of images in, folders of co-saliency maps and contact sheets out."""
 
 import argparse
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -17,21 +16,19 @@ from runtime.commands.contact_sheet import contact_sheet
 from runtime.commands.results import SHEET, GroupResults
 from runtime.errors import ICNetError, InputError, ModelError
 from runtime.files import bank_files, digest
-from runtime.groups import Group, find_groups
+from runtime.groups import Group, check_folder, find_groups
+from runtime.pipeline import GroupPixels, Task
 from runtime.predictor import Predictor
-from runtime.preprocess import image_tensor, restore_map, save_map, sism_tensor
-from runtime.sisms import builtin_sism
-from runtime.threads import in_threads
+from runtime.preprocess import restore_map, save_map
 
 BUILTIN = "builtin"
-GROUPS_AT_ONCE = 16  # read, computed and written in threads with --pack
-
-Predict = Callable[[NDArray[np.uint8], NDArray[np.uint8]], NDArray[np.float32]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `icnet predict`."""
-    parser.add_argument("path", type=Path, help="a folder of images (one group), or a data set with img/GROUP/ folders")
+    parser.add_argument(
+        "path", type=Path, help="a folder of images (one group), one image, or a data set with img/GROUP/ folders"
+    )
     add_model_arguments(parser)
     parser.add_argument(
         "--output", type=Path, required=True, help="folder for GROUP/NAME.png maps and GROUP/contact_sheet.jpg"
@@ -83,31 +80,37 @@ def run(args: argparse.Namespace) -> int:
             )
         model = Path(predictor.path), digest(Path(predictor.path))
 
-        def work(group: Group) -> bool:
-            """Predict a group; whether that was to be done."""
-            if group.problem is not None:
-                raise group.problem
-            results = GroupResults(args.output / group.name, group, model, args.bank)
-            if args.resume and results.finished():
-                return False
-            predict_group(partial(predictor.predict_tensors, bank=bank), group, results, args.threads)
-            return True
-
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        pool = ThreadPoolExecutor(GROUPS_AT_ONCE if args.pack else 1)
-        try:
-            with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-                bar = progress.add_task("", total=len(groups))
-                for group, done in [(group, pool.submit(work, group)) for group in groups]:
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+            bar = progress.add_task("", total=len(groups))
+
+            def tasks() -> Iterator[Task[None] | ICNetError]:
+                nonlocal skipped
+                for group in groups:
                     progress.update(bar, description=escape(group.name))
                     try:
-                        skipped += not done.result()
+                        if group.problem is not None:
+                            raise group.problem
+                        results = GroupResults(args.output / group.name, group, model, args.bank)
+                        if args.resume and results.finished():
+                            skipped += 1
+                            progress.advance(bar)
+                            continue
+                        task = Task(
+                            predictor.pipeline.reads(group.images, group.sisms, kept=bank is not None),
+                            partial(writes, group, results),
+                        )
+                        results.begin()
                     except ICNetError as error:
-                        failed += 1
-                        console.print(f"icnet predict: error: {error}", style="red", markup=False)
-                    progress.advance(bar)
-        finally:
-            pool.shutdown(cancel_futures=True)
+                        yield error
+                    else:
+                        yield task
+
+            for outcome in predictor.pipeline.stream(tasks(), bank=bank, pack=args.pack):
+                if isinstance(outcome, ICNetError):
+                    failed += 1
+                    console.print(f"icnet predict: error: {outcome}", style="red", markup=False)
+                progress.advance(bar)
     if skipped:
         print(f"{skipped} of {len(groups)} groups were finished already")
     if failed and len(groups) > 1:
@@ -118,31 +121,19 @@ def run(args: argparse.Namespace) -> int:
     return 2 if failed else 0
 
 
-def predict_group(predict: Predict, group: Group, results: GroupResults, threads: int | None = None) -> None:
-    """Write a map for every image (8-bit grey, of its own size), then the group's contact sheet."""
-    results.begin()
-    images, sisms, sizes = read_group(group, threads)
-    maps = predict(images, sisms)
+def writes(
+    group: Group, results: GroupResults, pixels: GroupPixels, maps: NDArray[np.float32]
+) -> list[Callable[[], None]]:
+    """A call per image that writes its map (8-bit grey, of its own size), and one that writes the contact sheet."""
 
-    def write(source: Path, tensor: NDArray[np.float32], size: tuple[int, int]) -> None:
+    def write_map(source: Path, tensor: NDArray[np.float32], size: tuple[int, int]) -> None:
         results.write(f"{source.stem}.png", partial(save_map, restore_map(tensor, size)))
 
-    in_threads([partial(write, *one) for one in zip(group.images, maps, sizes, strict=True)], threads)
-    sheet = contact_sheet(images, sisms, maps, sizes, group.name)
-    results.write(SHEET, partial(sheet.save, quality=90))
-    results.finish()
+    def write_sheet() -> None:
+        sheet = contact_sheet(pixels.images, pixels.sisms, maps, pixels.sizes, group.name)
+        results.write(SHEET, partial(sheet.save, quality=90))
 
-
-def read_group(
-    group: Group, threads: int | None = None
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8], Sequence[tuple[int, int]]]:
-    """A group's images and SISMs as the network's tensors, and the images' own (width, height)."""
-    images, sizes = zip(*in_threads([partial(image_tensor, image) for image in group.images], threads), strict=True)
-    if group.sisms is None:
-        sisms = in_threads([partial(builtin_sism, image) for image in images], threads)
-    else:
-        sisms = in_threads([partial(sism_tensor, sism) for sism in group.sisms], threads)
-    return np.stack(images), np.stack(sisms), sizes
+    return [*(partial(write_map, *one) for one in zip(group.images, maps, pixels.sizes, strict=True)), write_sheet]
 
 
 def open_predictor(model: Path, threads: int | None, banks_only: bool) -> Predictor:
@@ -171,8 +162,9 @@ def sism_folder(path: Path, sisms: str | None) -> Path | None:
     """The folder of the SISMs of what is at `path`, given --sisms; None for built-in ones.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or nothing to predict at `path`.
     """
+    check_folder(path)
     if sisms == BUILTIN:
         return None
     if sisms is not None:

@@ -1,4 +1,4 @@
-"""What a run leaves of a group, and whether it is still what a new run would give.
+"""The results of a group on disk, and whether a new run would give the same.
 
 OUTPUT/GROUP/NAME.png            one map per image
 OUTPUT/GROUP/contact_sheet.jpg
@@ -6,6 +6,7 @@ OUTPUT/GROUP/icnet.json          the record: what these were made from, and thei
 """
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ RECORD = "icnet.json"
 
 
 class GroupResults:
-    """The results of one group in its folder.
+    """The results of one group in its folder. Several threads may write at once.
 
     Args:
         folder: where they go.
@@ -30,6 +31,7 @@ class GroupResults:
 
     def __init__(self, folder: Path, group: Group, model: tuple[Path, str], bank: Path | None = None) -> None:
         self.folder = folder
+        self._lock = threading.Lock()
         self._inputs = [model[0], *group.images, *(group.sisms or ()), *([bank] if bank else [])]
         names = [*(f"{image.stem}.png" for image in group.images), SHEET]
         self._digests: dict[str, str | None] = dict.fromkeys(names)
@@ -49,7 +51,7 @@ class GroupResults:
         )
 
     def begin(self) -> None:
-        """Clear the way for new results; nothing that a run of ours did not make is overwritten or deleted.
+        """Clear the way for new results. Only files that `icnet predict` made are overwritten or deleted.
 
         Raises:
             OutputError: the folder holds an input, or files of others under the names of the results.
@@ -70,17 +72,21 @@ class GroupResults:
         self._write_record()
 
     def write(self, name: str, save: Callable[[Path], object]) -> None:
-        """Write one of the results: `save` is given the path to write to."""
+        """Write one of the results: `save` gets the path to write to. The last result completes the record."""
         with replacing(self.folder / name) as temporary:
             save(temporary)
-            self._digests[name] = digest(temporary)  # of what this run wrote, whatever another does to it
+            written = digest(temporary)  # of what this run wrote, whatever another does to it
+        with self._lock:
+            self._digests[name] = written
+            if all(self._digests.values()):
+                self.finish()
 
     def finish(self) -> None:
         """Note that all results are there."""
         self._write_record()
 
     def _record(self) -> dict[str, Any]:
-        """The record in the folder; empty if there is none of ours."""
+        """The record in the folder; empty if it is not one of `icnet predict`."""
         try:
             record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
             if isinstance(record["made_from"], dict) and isinstance(record["files"], dict):

@@ -289,4 +289,4 @@ def test_the_script_is_the_command_and_without_matplotlib_only_the_plot_is_missi
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
     done = subprocess.run([*command, "--plot", "x.png"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "icnet evaluate: error: --plot needs matplotlib: pip install 'icnet-deploy[evaluate]'\n"
+    assert done.stderr == "icnet evaluate: error: --plot needs matplotlib: pip install '.[evaluate]'\n"

@@ -400,7 +400,7 @@ def test_tensorrt_that_is_missing_broken_or_without_a_driver(icnet, model_file, 
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     code, _, err = icnet(*arguments)
     assert code == 2
-    assert "pip install 'icnet-deploy[tensorrt]', or 'icnet-deploy[tensorrt-rtx]'" in err
+    assert "[tensorrt]', or [tensorrt-rtx] for GeForce and RTX GPUs" in err
     assert err.count("\n") == 1
 
     def broken(name):

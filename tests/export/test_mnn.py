@@ -83,11 +83,11 @@ def test_chunks_and_kept_banks(exports, mnn_exports):
 
 def test_a_file_knows_its_network(exports, mnn_exports, tmp_path):
     (weights,) = (p.value for p in onnx.load(exports).metadata_props if p.key == WEIGHTS)
-    assert MnnBackend(mnn_exports).weights == weights
+    assert MnnBackend(mnn_exports).weights_digest == weights
     path = tmp_path / "others.mnn"
     for notes in ("", "[1]", json.dumps({"onnx_metadata": {WEIGHTS: 5}})):
         convert(path, onnx.load(exports), path, notes, [])
-        assert MnnBackend(path).weights is None
+        assert MnnBackend(path).weights_digest is None
     convert(path, onnx.load(exports), path, json.dumps({"onnx_metadata": {WEIGHTS: "0" * 64}}), [])
     with pytest.raises(ModelError, match="of another network than"):
         Predictor(path, bank=bank_files(exports))

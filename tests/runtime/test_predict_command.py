@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import runtime.commands.predict
 from export.to_onnx import write_onnx
 from runtime import Predictor
+from runtime.backends.onnx import OnnxBackend
+from runtime.commands.results import GroupResults
 from runtime.sisms import builtin_sism
 from tests.helpers import BIRDS, random_network
 
@@ -99,35 +100,35 @@ def test_contact_sheets_of_any_group_size_show_every_image():
 def predicted(icnet, monkeypatch, *arguments):
     """Run `icnet predict`; the exit code and the groups that were computed."""
     seen = []
-    predict_group = runtime.commands.predict.predict_group
+    begin = GroupResults.begin
     with monkeypatch.context() as patch:
 
-        def seen_by(predict, group, *rest):
-            seen.append(group.name)
-            predict_group(predict, group, *rest)
+        def seen_by(results):
+            seen.append(results.folder.name)
+            begin(results)
 
-        patch.setattr(runtime.commands.predict, "predict_group", seen_by)
+        patch.setattr(GroupResults, "begin", seen_by)
         code, out, _ = icnet("predict", *arguments)
     return code, seen, out
 
 
-def stop_at(name, monkeypatch):
-    predict_group = runtime.commands.predict.predict_group
+def stop_at(images, monkeypatch):
+    """Interrupt the first call of so many images."""
+    submit = OnnxBackend.submit
 
-    def stopping(predictor, group, results, *rest):
-        if group.name == name:
-            results.begin()
+    def stopping(backend, *tensors, last=False):
+        if len(tensors[0]) == images:
             raise KeyboardInterrupt
-        predict_group(predictor, group, results, *rest)
+        return submit(backend, *tensors, last=last)
 
-    monkeypatch.setattr(runtime.commands.predict, "predict_group", stopping)
+    monkeypatch.setattr(OnnxBackend, "submit", stopping)
 
 
 def test_resume_goes_on_where_it_stopped(icnet, model_file, dataset, tmp_path, monkeypatch):
     out = tmp_path / "out"
     arguments = (dataset, "--model", model_file, "--output", out)
     with monkeypatch.context() as patch:
-        stop_at("dogs", patch)
+        stop_at(1, patch)  # that of the dogs
         code, _, err = icnet("predict", *arguments)
     assert code == 130
     assert "stopped" in err
@@ -203,7 +204,7 @@ def test_two_runs_at_once_are_not_taken_for_one(icnet, model_file, dataset, tmp_
     """The other run's maps lie there, this run's record comes last: not finished."""
     out = tmp_path / "out"
     arguments = (dataset, "--model", model_file, "--output", out)
-    finish = runtime.commands.predict.GroupResults.finish
+    finish = GroupResults.finish
 
     def overtaken(results):
         for path in results.folder.glob("*.png"):
@@ -211,7 +212,7 @@ def test_two_runs_at_once_are_not_taken_for_one(icnet, model_file, dataset, tmp_
         finish(results)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime.commands.predict.GroupResults, "finish", overtaken)
+        patch.setattr(GroupResults, "finish", overtaken)
         assert icnet("predict", *arguments)[0] == 0
     assert predicted(icnet, monkeypatch, *arguments, "--resume")[1] == ["cats", "dogs"]
 
@@ -279,6 +280,30 @@ def test_an_interrupted_write_leaves_nothing_half_written(model_file, dataset, t
             "a.jpg: not an image",
         ),
         (lambda d: None, ("data", "--model", "none.onnx"), "none.onnx: no such model file"),
+        (lambda d: None, ("data", "--model", "none.pth"), "none.pth: no such model file"),
+        (
+            lambda d: (d / "x.pth").touch(),
+            ("data", "--model", "data/x.pth"),
+            "data/x.pth: a checkpoint; export it first: icnet export --checkpoint data/x.pth --output x.onnx",
+        ),
+        (
+            lambda d: None,
+            ("data/img", *BUILTIN),
+            "data/img: no images in it, but folders (cats, dogs). Name one of them, or arrange a data set: the images "
+            "in data/img/img/GROUP/, their SISMs in data/img/sism/GROUP/",
+        ),
+        (
+            lambda d: [(d / "many" / name).mkdir(parents=True) for name in "dcba"],
+            ("data/many",),
+            "data/many: no images in it, but folders (a, b, c, …)",
+        ),
+        (lambda d: (d / "a.txt").touch(), ("data/a.txt", *BUILTIN), "a.txt: neither a folder nor an image"),
+        (lambda d: None, ("data/img/cats/a.jpg",), "a.jpg: no SISMs: name their folder with --sisms DIR"),
+        (
+            lambda d: None,
+            ("data/img/dogs/c.JPEG", "--sisms", "data/sism/cats"),
+            "c.JPEG: no SISM for it: expected data/sism/cats/c.png",
+        ),
         (lambda d: (d / "text.onnx").write_text("x"), ("data", "--model", "data/text.onnx"), "not an ONNX model"),
         (lambda d: (d / "file").touch(), ("data/img/cats", *BUILTIN, "--output", "data/file"), "is not a folder"),
         (lambda d: None, ("data/img/cats", *BUILTIN, "--output", "data/img"), "holds a.jpg, an input of this run"),
@@ -325,6 +350,19 @@ def test_the_model_is_not_overwritten_by_a_map(icnet, model_file, image_folder, 
     assert code == 2
     assert "holds a.png, an input of this run" in err
     assert model.read_bytes() == model_file.read_bytes()
+
+
+@pytest.mark.parametrize("sisms", ["builtin", "data/sism/cats", "data/sism/cats/a.png"])
+def test_one_photograph_is_a_group_of_one(icnet, model_file, dataset, tmp_path, monkeypatch, sisms):
+    monkeypatch.chdir(tmp_path)
+    code, text, _ = icnet("predict", "data/img/cats/a.jpg", "--model", model_file, "--sisms", sisms, "--output", "out")
+    assert code == 0
+    assert files(tmp_path / "out") == ["a/a.png", "a/contact_sheet.jpg", "a/icnet.json"]
+    assert "out/a/*.png" in text
+    if sisms != "builtin":
+        with Predictor(model_file) as predictor:
+            (expected,) = predictor([dataset / "img/cats/a.jpg"], [dataset / "sism/cats/a.png"])
+        assert abs(np.asarray(Image.open("out/a/a.png")) - expected * 255).max() <= 0.51
 
 
 def test_names_that_rich_or_the_terminal_would_trip_over(icnet, model_file, image_folder, tmp_path):
@@ -380,4 +418,4 @@ def test_a_missing_package_is_named_with_its_extra():
     code = "import sys; sys.modules['torch'] = None; import icnet_cli; sys.exit(icnet_cli.main(['export']))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "icnet export: error: torch is not installed: pip install 'icnet-deploy[cpu,export]'\n"
+    assert done.stderr == "icnet export: error: torch is not installed: pip install '.[cpu,export]'\n"

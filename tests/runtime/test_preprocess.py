@@ -13,7 +13,7 @@ from PIL import Image
 
 from runtime import InputError
 from runtime.preprocess import image_tensor, restore_map, save_map, sism_tensor
-from runtime.threads import in_threads
+from runtime.threads import Workers
 from tests.helpers import BIRDS
 
 RNG = np.random.default_rng(0)
@@ -164,10 +164,12 @@ def test_threads_keep_the_order_of_the_calls():
         together.wait(10)  # breaks unless two calls run at once
         return number
 
-    assert in_threads([lambda i=i: second_waits_for_first(i) for i in range(6)], 2) == list(range(6))
-    here = in_threads([threading.current_thread] * 3, 1)
+    with Workers(2) as workers:
+        assert workers.run([lambda i=i: second_waits_for_first(i) for i in range(6)]) == list(range(6))
+        assert workers.run([]) == []
+    with Workers(1) as workers:
+        here = workers.run([threading.current_thread] * 3)
     assert here == [threading.current_thread()] * 3
-    assert in_threads([]) == []
 
 
 def test_of_several_failures_the_first_image_is_named():
@@ -181,8 +183,8 @@ def test_of_several_failures_the_first_image_is_named():
         failed.set()
         raise InputError("second")
 
-    with pytest.raises(InputError, match="first"):
-        in_threads([first, second], 2)
+    with Workers(2) as workers, pytest.raises(InputError, match="first"):
+        workers.run([first, second])
 
 
 def png_header(width, height):

@@ -12,6 +12,7 @@ from export.checkpoint import load_backbone, load_checkpoint, read_checkpoint, s
 from export.icnet import MEAN, STD, ICNet
 from export.to_onnx import write_onnx
 from runtime import InputError, Predictor
+from runtime.preprocess import image_tensor
 from tests.helpers import random_network
 from training.batches import DataSetBatches
 from training.pretrain import Classifier, backbone
@@ -131,6 +132,29 @@ def test_image_sism_and_mask_are_mirrored_together(dataset):
             assert len(ways) == 1
             directions.append(ways.pop())
     assert 0.2 < np.mean(directions) < 0.8
+
+
+def test_training_sees_the_pixels_of_prediction(dataset):
+    """Also those of transparent pixels, which show white."""
+    path = dataset / "img/cow/1.jpg"
+    path.unlink()
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 4), np.uint8)
+    pixels[:, :25, 3] = 0
+    Image.fromarray(pixels).save(path.with_suffix(".png"))
+    batches = DataSetBatches(dataset, seed=0, images=4, epochs=1)
+    batch = next(b for b in (batches[i] for i in range(len(batches))) if b.name == "cow")
+    expected, _ = image_tensor(path.with_suffix(".png"))
+    assert (expected[:, :100] == 255).all()
+    either_way = (expected, expected[:, ::-1])
+    assert any(np.array_equal(image, way) for image in batch.images.numpy() for way in either_way)
+
+
+@pytest.mark.parametrize("kind", ["gt", "sism"])
+def test_a_mask_of_0_and_1_is_refused_in_training_too(dataset, icnet, tmp_path, kind):
+    Image.fromarray(np.eye(40, 50, dtype=np.uint8)).save(dataset / kind / "cow/1.png")
+    code, _, err = icnet("train", "--data", dataset, *SMALL, "--output", tmp_path / "out.pth")
+    assert (code, err.count("error:")) == (2, 1)
+    assert "cow/1.png: its values are 0 and 1 of 255" in err
 
 
 @pytest.mark.parametrize(
