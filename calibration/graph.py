@@ -81,12 +81,11 @@ class ExportedModel:
         _, self._shapes = types_and_shapes(self.model, 1)
         self.layers = _layers(self.model, self._shapes)
         missing = {*FLOAT_LAYERS, "refine_1.merge_conv.0"} - {layer.name for layer in self.layers}
-        if missing or any(n.op_type == "Conv" and n.input[1] not in weights for n in graph.node):
-            raise ModelError(
-                f"{path}: not a graph that icnet export wrote: no layer {min(missing)}"
-                if missing
-                else f"{path}: not a graph that icnet export wrote: it has a convolution whose kernel is computed"
-            )
+        wrong = [f"no layer {name}" for name in sorted(missing)]
+        if any(n.op_type == "Conv" and n.input[1] not in weights for n in graph.node):
+            wrong.append("it has a convolution whose kernel is computed")
+        if wrong:
+            raise ModelError(f"{path}: not a graph that icnet export wrote: {wrong[0]}")
         self._nodes = {n.name: n for n in graph.node}
         self._producers = {o: n for n in graph.node for o in n.output}
         self._readers: dict[str, list[onnx.NodeProto]] = {}

@@ -23,7 +23,6 @@ variant of it that rounds as the precision does, on the same weights and inputs.
 PyTorch is imported when a variant is made: calibration and MNN's files need none.
 """
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -103,12 +102,7 @@ def _winograd(network: "nn.Module") -> None:
         conv.register_forward_hook(noisy)
 
 
-VARIANTS: dict[str, Callable[["nn.Module"], None]] = {
-    "fp32": _fp64,
-    "fp16": _fp16,
-    "int8": _int8,
-    "winograd": _winograd,
-}
+VARIANTS = {"fp32": _fp64, "fp16": _fp16, "int8": _int8, "winograd": _winograd}  # by precision
 
 
 def _convolutions(network: "nn.Module") -> dict[str, "nn.Conv2d"]:

@@ -128,17 +128,13 @@ def metadata(model: "onnx.ModelProto") -> dict[str, str]:
 
 
 def cpu_session(
-    path: object,
-    model: bytes | None = None,
-    threads: int | None = None,
-    optimised: bool = True,
-    profile: Path | None = None,
+    path: object, model: bytes = b"", threads: int | None = None, optimised: bool = True, profile: Path | None = None
 ) -> "onnxruntime.InferenceSession":
     """A session of ONNX Runtime on the CPU.
 
     Args:
-        path: the model's file, or a name for messages if `model` is given.
-        model: the model itself.
+        path: the model's file; a name for messages if `model` is given.
+        model: the model itself; empty to read the file.
         threads: CPU threads; None for one per core.
         optimised: whether ONNX Runtime may rewrite the graph.
         profile: where profiles of the kernels go: the start of their files' names. None for no profile.
@@ -158,9 +154,7 @@ def cpu_session(
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     try:
-        return onnxruntime.InferenceSession(
-            str(path) if model is None else model, options, providers=["CPUExecutionProvider"]
-        )
+        return onnxruntime.InferenceSession(model or str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common base but Exception
         raise ModelError(f"{path}: ONNX Runtime can't load it: {one_line(error)}") from error
 

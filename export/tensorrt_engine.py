@@ -15,31 +15,10 @@ from typing import Any
 
 from rich.progress import Progress
 
-from export.onnx_file import load_model, metadata, read_bytes
-from export.onnx_file import tensors as onnx_tensors
-from export.tensorrt_api import (
-    cancelled_by_ctrl_c,
-    gpu,
-    list_layers,
-    load_tensorrt,
-    make_logger,
-    make_monitor,
-    no_deprecations,
-    parse,
-    tensors,
-    use_timing_cache,
-)
+from export import tensorrt_api as api
+from export.onnx_file import load_model, metadata, read_bytes, tensors
 from runtime import __version__
-from runtime.contract import (
-    BANK,
-    ENGINE_NAME,
-    FLOAT_INPUTS,
-    FLOAT_OUTPUTS,
-    INPUTS,
-    WEIGHTS,
-    TensorSpec,
-    check_contract,
-)
+from runtime.contract import BANK, ENGINE_NAME, FLOAT_INPUTS, FLOAT_OUTPUTS, INPUTS, WEIGHTS, TensorSpec, check_contract
 from runtime.errors import DependencyError, InputError, ModelError, OutputError
 from runtime.files import remove, replacing, same_file
 
@@ -113,7 +92,7 @@ def build_engine(
         DependencyError: TensorRT is not installed, or does not start.
         KeyboardInterrupt: the build was stopped. Nothing is written then, nor after any error.
     """
-    trt = load_tensorrt()
+    trt = api.load_tensorrt()
     data = read_bytes(onnx_path)
     if not profiles:
         raise InputError("no profile: an engine needs at least one range of group sizes")
@@ -122,10 +101,10 @@ def build_engine(
     _check_options(trt, options)
     cached = read_bytes(options.timing_cache) if options.timing_cache and options.timing_cache.exists() else b""
 
-    logger = make_logger(trt)
-    builder, network, _parser = parse(trt, logger, onnx_path, data)
-    _check_profiles(onnx_path, _group_size(onnx_path, *tensors(network)), profiles)
-    _check_bank(onnx_path, tensors(network)[0], options)
+    logger = api.make_logger(trt)
+    builder, network, _parser = api.parse(trt, logger, onnx_path, data)
+    _check_profiles(onnx_path, _group_size(onnx_path, *api.tensors(network)), profiles)
+    _check_bank(onnx_path, api.tensors(network)[0], options)
     config = _configure(trt, builder, network, profiles, options)
     try:
         notes = metadata(load_model(onnx_path, data, weights=False))
@@ -140,9 +119,9 @@ def build_engine(
         sidecar_file = files.enter_context(replacing(sidecar))
         engine_file = files.enter_context(replacing(output))
 
-        cache_state, cache = use_timing_cache(config, logger, cached)
-        monitor = config.progress_monitor = make_monitor(trt, progress or Progress(disable=True))
-        with cancelled_by_ctrl_c(monitor):
+        cache_state, cache = api.use_timing_cache(config, logger, cached)
+        monitor = config.progress_monitor = api.make_monitor(trt, progress or Progress(disable=True))
+        with api.cancelled_by_ctrl_c(monitor):
             plan = builder.build_serialized_network(network, config)
         if monitor.cancelled:
             raise KeyboardInterrupt
@@ -158,17 +137,17 @@ def build_engine(
             "onnx_metadata": notes,
             "tensorrt": trt.__name__,
             "tensorrt_version": trt.__version__,
-            "gpu": gpu(),
+            "gpu": api.gpu(),
             "profiles": [asdict(p) for p in profiles],
             "options": asdict(options),
             "timing_cache": cache_state if cache_file else None,
             "warnings": list(dict.fromkeys(logger.warnings)),
-            "layers": list_layers(trt, logger, plan, network) if options.inspect else None,
+            "layers": api.list_layers(trt, logger, plan, network) if options.inspect else None,
         }
         engine_file.write_bytes(plan)
         sidecar_file.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
         if cache_file:
-            with no_deprecations():
+            with api.no_deprecations():
                 cache_file.write_bytes(cache.serialize())
         # Now the files get their names, the last opened first. A crash between any two steps leaves an engine without
         # a sidecar, never one beside the sidecar of another: the old sidecar goes first, the new one comes last.
@@ -282,7 +261,7 @@ def _configure(trt: Any, builder: Any, network: Any, profiles: Sequence[Profile]
 def _onnx_inputs(path: Path) -> tuple[Sequence[TensorSpec], int | None]:
     """The inputs of an exported model and its fixed group size, read by `onnx`; a plain export's without it."""
     try:
-        inputs, outputs = onnx_tensors(load_model(path, weights=False))
+        inputs, outputs = tensors(load_model(path, weights=False))
     except DependencyError:
         return INPUTS, None
     return inputs, _group_size(path, inputs, outputs)
