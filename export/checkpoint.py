@@ -78,7 +78,7 @@ def save_checkpoint(
         path: the file.
         model: the network.
         optimizer: written under `optimizer`, to go on training.
-        training: written under `training`: what else that needs, in numbers, texts, lists and dicts.
+        training: written under `training`: the rest that resuming needs, in numbers, texts, lists and dicts.
 
     Raises:
         OutputError: the file can't be written.

@@ -1,7 +1,7 @@
 """python export/to_onnx.py: a checkpoint to ONNX with a dynamic group axis, proved before it appears.
 
-One file for whole groups; or one for several groups in a batch (`--packed`); or two for images against a bank of SIVs
-(`--banked`).
+It writes one file for whole groups, or one for several groups in a batch (`--packed`), or two for images against a bank
+of SIVs (`--banked`).
 """
 
 import sys
