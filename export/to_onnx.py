@@ -86,7 +86,7 @@ def write_onnx(
     return model
 
 
-def weights_digest(network: ICNet) -> str:
+def weights_digest(network: torch.nn.Module) -> str:
     """SHA-256 of a network's weights, by which its exports of any kind and precision know each other."""
     found = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
@@ -98,7 +98,13 @@ def weights_digest(network: ICNet) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `icnet export`."""
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="ICNet_vgg16.pth, or a checkpoint of this project"
+        "--checkpoint", type=Path, required=True, help="ICNet_vgg16.pth, a checkpoint of this project, or EGNet.pth"
+    )
+    parser.add_argument(
+        "--network",
+        choices=("icnet", "egnet"),
+        default="icnet",
+        help="egnet: the single-image detector that makes SISMs (VGG16), for images of any size (default icnet)",
     )
     parser.add_argument("--output", type=Path, required=True, help="the .onnx file to write")
     parser.add_argument(
@@ -135,6 +141,10 @@ def run(args: argparse.Namespace) -> int:
         OutputError: the file can't be written.
         ModelError: the proof failed; no file is left.
     """
+    if args.network == "egnet":
+        from export.egnet_onnx import run as run_egnet
+
+        return run_egnet(args)
     kind = ExportKind.FLOAT32 if args.io == "float32" else ExportKind.PLAIN
     if args.packed or args.banked:
         kind = ExportKind.PACKED if args.packed else ExportKind.BANKED
