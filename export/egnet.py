@@ -130,7 +130,7 @@ class OneToOneGuidance(nn.Module):
     def forward(self, edge: Tensor, features: list[Tensor]) -> Tensor:
         """[B, 128, H/2, W/2] and s1 … s4 → scores [B, 1, H/2, W/2]; a SISM is their sigmoid."""
         guided = []
-        for s, trans, convs in zip(features, self.trans[0], self.up[0], strict=True):
+        for s, trans, convs in zip(features, self.trans[0].children(), self.up[0].children(), strict=True):
             guided.append(convs(up(trans(s), edge) + edge))  # [B, 128, H/2, W/2]
         # The authors resize each to the first. All have the size of the edge features already.
         fused = guided[0]

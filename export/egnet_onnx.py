@@ -100,7 +100,7 @@ def half_precision(network: EGNet) -> EGNet:
         conv: 2.0 ** math.floor(math.log2(TARGET / most)) if most else 1.0 for conv, most in largest.items()
     }
     factors[None] = 1.0  # the normalised image
-    factors[network.merge2.final_score[-1]] = 1.0  # the scores: a sigmoid follows
+    factors[_conv(network.merge2.final_score[-1])] = 1.0  # the scores: a sigmoid follows
     for conv, before in reads.items():
         conv.weight.data *= factors[conv] / factors[before]
         if conv.bias is not None:
@@ -124,7 +124,7 @@ def _wiring(network: EGNet) -> tuple[dict[nn.Conv2d, nn.Conv2d | None], list[lis
 
     base, one, two = network.base, network.merge1, network.merge2
     chain(base.base, None)
-    x = [base.base[tap - 1] for tap in base.taps]
+    x = [_conv(base.base[tap - 1]) for tap in base.taps]
     s4 = chain(one.up[4], chain(base.base_ex, x[3]))
     s3 = chain(one.up[3], x[3])
     s2 = chain(one.up[2], x[2])
@@ -132,10 +132,15 @@ def _wiring(network: EGNet) -> tuple[dict[nn.Conv2d, nn.Conv2d | None], list[lis
     s1 = chain(one.up[1], x[1])
     s4_narrow = chain(one.trans[2], s4)
     edge = chain(one.up[0], x[0])
-    narrow = [chain(trans, s) for trans, s in zip(two.trans[0], (s1, s2, s3, s4), strict=True)]
-    guided = [chain(convs, edge) for convs in two.up[0]]
+    narrow = [chain(trans, s) for trans, s in zip(two.trans[0].children(), (s1, s2, s3, s4), strict=True)]
+    guided = [chain(convs, edge) for convs in two.up[0].children()]
     chain(two.final_score, guided[0])
     return reads, [[x[3], s4], [x[2], s3], [x[1], s2_narrow], [x[0], s4_narrow], [edge, *narrow], guided]
+
+
+def _conv(module: nn.Module) -> nn.Conv2d:
+    assert isinstance(module, nn.Conv2d)
+    return module
 
 
 def write_onnx(network: EGNet, path: Path, provenance: dict[str, str] | None = None) -> onnx.ModelProto:
