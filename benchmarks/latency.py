@@ -65,7 +65,7 @@ from benchmarks.runners import (
 from benchmarks.timing import Times, interleaved, interval, line, percentiles, ratio, warm_up
 from evaluation.record import labels
 from export.icnet import ICNet
-from export.operations import total_flop
+from export.onnx_file import total_flop
 from runtime import ICNetError, InputError, ModelError, OutputError, Predictor
 from runtime.files import digest, replacing, same_file, write_json
 from runtime.predictor import MAX_THREADS

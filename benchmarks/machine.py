@@ -74,17 +74,15 @@ def matrix_product(device: str, threads: int) -> Work:
 
 
 def _by_onnxruntime(threads: int) -> Work:
-    import onnxruntime as ort
     from onnx import TensorProto, helper
+
+    from export.onnx_file import cpu_session
 
     side = SIDES["cpu"]
     a, b, product = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [side, side]) for n in ("a", "b", "product"))
     graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["product"])], "product", [a, b], [product])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # as in runtime.backends.onnx
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = cpu_session("a matrix product", model.SerializeToString(), threads)
     rng = np.random.default_rng(0)
     feeds = {name: rng.standard_normal((side, side), np.float32) for name in ("a", "b")}
 

@@ -32,7 +32,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
@@ -42,7 +41,7 @@ from benchmarks.agreement import prepare
 from benchmarks.machine import copy, machine, matrix_product, name_of, wide_console
 from benchmarks.runners import OURS_ONNX, REFERENCE_ONNX, inputs
 from benchmarks.timing import Times, interleaved, warm_up
-from export.operations import Node, count
+from export.onnx_file import Node, count, cpu_session, load_model
 from runtime import InputError, ModelError, OutputError, Predictor
 from runtime.contract import SIZE
 from runtime.errors import one_line
@@ -160,7 +159,7 @@ def _reference_nodes(path: Path | None, n: int) -> dict[str, Sequence[Node]]:
 def _totals(path: Path, nodes: Sequence[Node]) -> Results:
     """FLOP, bytes if every node reads and writes memory, and bytes if only inputs, weights and outputs do."""
     n_bytes = sum(node.bytes for node in nodes)
-    model = onnx.load(path)
+    model = load_model(path)
     weights = sum(onnx.numpy_helper.to_array(tensor).nbytes for tensor in model.graph.initializer)
     return {"flop": sum(node.flop for node in nodes), "bytes": n_bytes, "weight_bytes": weights}
 
@@ -182,7 +181,7 @@ def _bounds(nodes: Sequence[Node], totals: Results, n: int, flop_per_s: float, b
 
 def _precision(path: Path) -> str:
     """Of a file's weights: FP16 if most are."""
-    kinds = [tensor.data_type for tensor in onnx.load(path).graph.initializer]
+    kinds = [tensor.data_type for tensor in load_model(path).graph.initializer]
     return "fp16" if kinds.count(onnx.TensorProto.FLOAT16) > kinds.count(onnx.TensorProto.FLOAT) else "fp32"
 
 
@@ -248,13 +247,8 @@ def profile(
     Raises:
         ModelError: ONNX Runtime can't run the file.
     """
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    options.enable_profiling = True
-    options.profile_file_prefix = str(folder / "profile")
+    session = cpu_session(path, threads=threads, profile=folder / "profile")
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         feeds = {**dict(zip(("images", "sisms"), tensors, strict=True)), "groups": np.zeros(len(tensors[0]), np.int32)}
         feeds = {tensor.name: feeds[tensor.name] for tensor in session.get_inputs()}  # the groups of a packed export
         for _ in range(rounds + 1):
@@ -275,7 +269,7 @@ def _costs(path: Path, nodes: Sequence[Node], kernels: dict[tuple[str, str], flo
     ONNX Runtime names a kernel after the node; one that it has fused, after the node or the tensor that comes out.
     """
     by_name = {node.name: node for node in nodes}
-    graph = onnx.load(path, load_external_data=False).graph
+    graph = load_model(path, weights=False).graph
     producers = {output: node for node in graph.node for output in node.output}
     rows = []
     for (kernel, op), took in kernels.items():

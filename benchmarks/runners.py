@@ -203,7 +203,7 @@ def _tensorrt(setting: Setting, name: str, graphs: bool = True) -> Iterator[Run]
 
     `name` is that of a file in the comparison's folder, or a path elsewhere.
     """
-    from export.build_engine import Profile, build_engine
+    from export.tensorrt_engine import Profile, build_engine
     from runtime.backends.cuda import Cuda
     from runtime.backends.tensorrt import TensorRTBackend
 

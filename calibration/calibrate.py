@@ -1,7 +1,7 @@
 """python calibration/calibrate.py: an exported model to INT8, calibrated on groups of images.
 
-The output is an ONNX file with explicit Q/DQ (see graph.py): TensorRT builds it into an engine as it is, and ONNX
-Runtime runs it on a CPU. What is left in floating point has the precision of the model that is calibrated.
+The output is an ONNX file with explicit Q/DQ (see graph.py), which TensorRT builds into an engine and ONNX Runtime runs
+on a CPU. Layers that are not INT8 keep the precision of the calibrated model.
 """
 
 import sys
@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from calibration.graph import ExportedModel, int8_share
 from calibration.groups import CalibrationSet, Feeds, open_groups
 from calibration.ranges import METHODS, PERCENTILE, Ranges, collect, read_cache, write_cache
-from calibration.sensitivity import CURVE, Decisions, draw, read_decisions, record, scorer, search, table
+from calibration.sensitivity import CURVE, PrecisionPlan, draw, read_precision_plan, record, scorer, search, table
 from evaluation.dataset import find_dataset
 from evaluation.metrics import Metrics
 from runtime import __version__
@@ -37,7 +37,7 @@ from runtime.predictor import MAX_THREADS
 
 ENOUGH = 8  # groups; see the curve in the README
 DEFAULT_METHOD = "entropy"
-NOT_REACHED = 1  # exit code: a model was written, but it loses more than the max_drop
+NOT_REACHED = 1  # exit code: a model was written, but its accuracy drops by more than --max-drop
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,10 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, required=True, help="the .onnx file to write")
     add("--method", choices=METHODS, default=DEFAULT_METHOD, help=f"where to cut ranges off (default {DEFAULT_METHOD})")
     add("--percentile", type=float, default=PERCENTILE, help=f"of --method percentile (default {PERCENTILE})")
-    add("--rest", choices=("fp32", "fp16"), help="precision of what is not int8; the model must be exported in it")
-    add("--max-drop", type=float, help="what S-measure and max F may lose on --validation; searches layer by layer")
+    add("--rest", choices=("fp32", "fp16"), help="precision of the other layers, which must be the model's")
+    add("--max-drop", type=float, help="how much S-measure and max F may drop on --validation; searches layer by layer")
     add("--validation", type=Path, metavar="DATA", help="data set with img/, gt/ and sism/, of other groups")
-    add("--decisions", type=Path, metavar="JSON", help="apply those that --max-drop wrote, without searching")
+    add("--precision-plan", type=Path, metavar="JSON", help="apply a plan that --max-drop wrote, without searching")
     add("--plot", type=Path, metavar="PNG", help="of --max-drop: draw accuracy against the share of int8 operations")
     add("--cache", type=Path, metavar="JSON", help="ranges, reused if model, groups and method are the same")
     add("--skip-bad", action="store_true", help="leave out groups with files that can't be read")
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     """Calibrate `args.onnx` on `args.groups`.
 
     Returns:
-        0; or 1 if no model within the max_drop was found, and the best one was written.
+        0; or 1 if every model drops by more than `args.max_drop`, and the best one was written.
 
     Raises:
         InputError: options that don't go together, or groups that can't be used.
@@ -79,8 +79,8 @@ def run(args: argparse.Namespace) -> int:
             f"--precision {args.rest} (only the exporter can scale activations to fit FP16)"
         )
     int8 = [layer.name for layer in model.candidates]
-    if args.decisions:
-        kept = read_decisions(args.decisions, model)
+    if args.precision_plan:
+        kept = read_precision_plan(args.precision_plan, model)
         int8 = [name for name in int8 if name not in kept]
     validation = None
     if args.max_drop is not None:
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
                 markup=False,
             )
         ranges = _ranges(args, model, groups, progress)
-        decisions: Decisions | None = None
+        plan: PrecisionPlan | None = None
         if validation is not None:
             score, steps = scorer(validation, args.threads), len(int8) + 2 + len(CURVE)
             bar = progress.add_task("searching", total=steps)
@@ -116,15 +116,15 @@ def run(args: argparse.Namespace) -> int:
                 progress.advance(bar)
                 return metrics
 
-            decisions = search(model, ranges, args.max_drop, tracked)
-            int8 = [name for name in int8 if name not in decisions.found.float_layers]
+            plan = search(model, ranges, args.max_drop, tracked)
+            int8 = [name for name in int8 if name not in plan.found.float_layers]
         quantised = model.quantised(ranges, int8)
         share = int8_share(quantised)
         _describe(quantised, args, model, groups, int8, share)
         onnx.save(quantised, output)
-        if decisions is not None:
-            _write_decisions(args, model, decisions, files)
-    return _report(args, model, decisions, share)
+        if plan is not None:
+            _write_plan(args, model, plan, files)
+    return _report(args, model, plan, share)
 
 
 def _ranges(args: argparse.Namespace, model: ExportedModel, groups: CalibrationSet, progress: Progress) -> Ranges:
@@ -180,39 +180,39 @@ def _describe(
     onnx.helper.set_model_props(quantised, notes)
 
 
-def _write_decisions(args: argparse.Namespace, model: ExportedModel, decisions: Decisions, files: ExitStack) -> None:
+def _write_plan(args: argparse.Namespace, model: ExportedModel, plan: PrecisionPlan, files: ExitStack) -> None:
     content: dict[str, Any] = {
         "producer": f"icnet-deploy {__version__}",
         "model": args.onnx.name,
         "model_sha256": digest(args.onnx),
         "method": _method(args),
         "validation": str(args.validation),
-        **record(decisions, model),
+        **record(plan, model),
     }
-    path = files.enter_context(replacing(_decisions_file(args)))
+    path = files.enter_context(replacing(_plan_file(args)))
     write_json(path, content)
     if args.plot:
-        draw(decisions, model, files.enter_context(replacing(args.plot)))
+        draw(plan, model, files.enter_context(replacing(args.plot)))
 
 
-def _decisions_file(args: argparse.Namespace) -> Path:
+def _plan_file(args: argparse.Namespace) -> Path:
     output: Path = args.output
     return output.with_name(output.name + ".json")
 
 
-def _report(args: argparse.Namespace, model: ExportedModel, decisions: Decisions | None, share: float) -> int:
+def _report(args: argparse.Namespace, model: ExportedModel, plan: PrecisionPlan | None, share: float) -> int:
     size = args.output.stat().st_size
-    if decisions is not None:
-        Console().print(table(decisions, model))
+    if plan is not None:
+        Console().print(table(plan, model))
     print(
         f"{args.output}: {size / 1e6:.1f} MB, {size / args.onnx.stat().st_size:.0%} of the {model.precision} export; "
         f"{share:.1%} of the convolutions' operations in int8, {_method(args)}"
     )
-    if decisions is None or decisions.reached:
+    if plan is None or plan.reached:
         return 0
     print(
-        f"icnet calibrate: error: the max_drop of {args.max_drop:g} was not reached: the best found loses "
-        f"{decisions.found.loss:.4f}, and was written; try another --method or more groups",
+        f"icnet calibrate: error: --max-drop {args.max_drop:g} was not reached: the best model loses "
+        f"{plan.found.loss:.4f}, and was written; try another --method or more groups",
         file=sys.stderr,
     )
     return NOT_REACHED
@@ -220,11 +220,11 @@ def _report(args: argparse.Namespace, model: ExportedModel, decisions: Decisions
 
 def _check(args: argparse.Namespace) -> None:
     if (args.max_drop is None) != (args.validation is None):
-        raise InputError("--max-drop and --validation go together: the max_drop is about the scores on a data set")
-    if args.max_drop is not None and args.decisions:
-        raise InputError("--max-drop searches and --decisions does not: give one or the other")
+        raise InputError("--max-drop and --validation go together: the drop is that of the scores on a data set")
+    if args.max_drop is not None and args.precision_plan:
+        raise InputError("--max-drop makes a precision plan, --precision-plan applies one: give one or the other")
     if args.max_drop is not None and not 0 <= args.max_drop < 1:
-        raise InputError(f"--max-drop {args.max_drop:g}: expected 0 to 1, what S-measure and max F may lose")
+        raise InputError(f"--max-drop {args.max_drop:g}: expected 0 to 1, how much S-measure and max F may drop")
     if not 0 < args.percentile <= 100:
         raise InputError(f"--percentile {args.percentile:g}: expected more than 0, at most 100")
     if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
@@ -233,10 +233,10 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--plot draws what --max-drop found: give both")
     if args.validation and same_file(args.validation, args.groups):
         raise InputError(f"{args.validation}: is what the model is calibrated on; validate on other groups")
-    written = [args.output, args.cache, args.plot, _decisions_file(args) if args.max_drop is not None else None]
+    written = [args.output, args.cache, args.plot, _plan_file(args) if args.max_drop is not None else None]
     paths = [path for path in written if path]
     for i, path in enumerate(paths):
-        if any(same_file(path, other) for other in (args.onnx, args.decisions, *paths[:i]) if other):
+        if any(same_file(path, other) for other in (args.onnx, args.precision_plan, *paths[:i]) if other):
             raise OutputError(f"{path}: is another file of this run; choose another name")
     if args.plot:
         try:

@@ -1,12 +1,12 @@
 """An exported ICNet with its convolutions in int8, by explicit Q/DQ.
 
 Q/DQ stand at the input of every int8 convolution and at its weights (stored as int8, a scale per output channel), never
-at its bias. Max-pooling and resizing stay in int8, on the scale of their input; what a concatenation joins shares one
-scale with the result, and what an addition of two branches joins shares one scale. The first convolution and the
-final 1×1 convolutions stay in floating point, and so does all of the correlation: norms, products, softmax, min–max,
-sort, and the 1×1 convolution that is a part of its products.
+at its bias. Max-pooling and resizing stay in int8, on the scale of their input. The inputs of a concatenation share one
+scale with its output; the branches of an addition share one scale. The first convolution and the final 1×1 convolutions
+stay in floating point, and so does all of the correlation: norms, products, softmax, min–max, sort, and the 1×1
+convolution that is a part of its products.
 
-The rest differs with the engine that a file is for:
+The rest depends on the engine that runs the file:
 
 - FP16, for TensorRT: nothing at a convolution's output, so that DQ, convolution, ReLU and the next layer's Q become one
   kernel; the other side of a residual addition comes from a DQ, so that the addition is fused as well.
@@ -23,18 +23,18 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
-from onnx.helper import make_attribute, make_opsetid, tensor_dtype_to_np_dtype
+from onnx.helper import make_attribute, make_opsetid
 from onnxruntime.quantization import QuantType
 from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from calibration.ranges import Ranges
-from export.operations import types_and_shapes
-from runtime.contract import TensorSpec, check_contract
-from runtime.errors import ModelError, one_line
+from export.noise import FLOAT_LAYERS
+from export.onnx_file import load_model, tensors, types_and_shapes
+from runtime.contract import ExportKind, check_contract
+from runtime.errors import ModelError
 from runtime.files import check_model_file
 
-FLOAT_LAYERS = ("vgg.vgg.0", "get_pred_4.pred.0", "refine_1.pred.pred.0")
 PREFIX, SUFFIX = "network.", ".weight"  # of a layer's weights in an export with uint8 inputs
 PRECISIONS = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16"}
 ONE_SCALE = ("MaxPool", "Resize")  # the result is on the scale of the input
@@ -69,23 +69,23 @@ class ExportedModel:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.model = _load(path)
+        check_model_file(path)
+        self.model = load_model(path)
         graph = self.model.graph
         if any("Quantize" in n.op_type or n.op_type.startswith("QLinear") for n in graph.node):
             raise ModelError(f"{path}: is quantised already; calibrate the export that it was made from")
-        kind = check_contract(path, [_spec(v) for v in graph.input], [_spec(v) for v in graph.output]).kind
-        if kind != "plain":
+        kind = check_contract(path, *tensors(self.model)).kind
+        if kind is not ExportKind.PLAIN:
             raise ModelError(f"{path}: a {kind} export; calibrate a plain one (without --packed and --banked)")
         weights = {i.name: i for i in graph.initializer}
         _, self._shapes = types_and_shapes(self.model, 1)
         self.layers = _layers(self.model, self._shapes)
         missing = {*FLOAT_LAYERS, "refine_1.merge_conv.0"} - {layer.name for layer in self.layers}
-        if missing or any(n.op_type == "Conv" and n.input[1] not in weights for n in graph.node):
-            raise ModelError(
-                f"{path}: not a graph that icnet export wrote: no layer {min(missing)}"
-                if missing
-                else f"{path}: not a graph that icnet export wrote: it has a convolution whose kernel is computed"
-            )
+        wrong = [f"no layer {name}" for name in sorted(missing)]
+        if any(n.op_type == "Conv" and n.input[1] not in weights for n in graph.node):
+            wrong.append("it has a convolution whose kernel is computed")
+        if wrong:
+            raise ModelError(f"{path}: not a graph that icnet export wrote: {wrong[0]}")
         self._nodes = {n.name: n for n in graph.node}
         self._producers = {o: n for n in graph.node for o in n.output}
         self._readers: dict[str, list[onnx.NodeProto]] = {}
@@ -104,13 +104,13 @@ class ExportedModel:
         return sum(x.macs for x in self.layers if x.name in int8) / sum(x.macs for x in self.layers)
 
     def tensors(self, int8: Collection[str] | None = None) -> list[str]:
-        """Names of the activations whose range must be known if these layers (None: all candidates) are int8."""
+        """Names of the activations whose ranges are needed if these layers (None: all candidates) are int8."""
         convolutions, others = self._selected(int8)
         rectified = [relu.output[0] for relu in self._relus(convolutions)]
         return list(dict.fromkeys([*_scaled(convolutions, others), *rectified]))
 
     def _relus(self, convolutions: Iterable[onnx.NodeProto]) -> list[onnx.NodeProto]:
-        """The ReLUs that alone read a convolution, if Q/DQ are to stand between the two."""
+        """The ReLUs that are the only readers of a convolution, if Q/DQ stand between the two."""
         if self.precision != "fp32":
             return []
         readers = [self._readers[n.output[0]] for n in convolutions]
@@ -201,9 +201,9 @@ class ExportedModel:
         )
 
     def _resize_by_factor(self, model: onnx.ModelProto, node: onnx.NodeProto) -> None:
-        """Let a resize take a factor for the size that it computes from its input's shape.
+        """Give a resize a factor instead of the size that it computes from its input's shape.
 
-        It is the same; but a shape that is read is a reason for ONNX Runtime not to fuse.
+        The result is the same, but ONNX Runtime does not fuse where a shape is read.
         """
         before, after = (self._shapes[name][-1] for name in (node.input[0], node.output[0]))
         scales = np.array([1, 1, after / before, after / before], np.float32)
@@ -211,7 +211,7 @@ class ExportedModel:
         node.input[:] = [node.input[0], "", f"{node.name}_scales"]
 
     def _tie(self, limits: Ranges, node: onnx.NodeProto) -> None:
-        """Give what a concatenation or addition joins one limit, also before a resize."""
+        """Give the inputs of a concatenation or addition one limit, also before a resize."""
         sources = [self._producers[name] for name in node.input]
         tied = [n.input[0] if n.op_type == "Resize" else n.output[0] for n in sources]
         if node.op_type == "Concat":
@@ -229,7 +229,7 @@ def int8_share(model: onnx.ModelProto) -> float:
 
 
 def _scaled(convolutions: Iterable[onnx.NodeProto], others: Iterable[onnx.NodeProto]) -> list[str]:
-    """The tensors that get a scale of their own: not what is pooled or resized, which keeps that of the input."""
+    """The tensors with a scale of their own: not the outputs of pooling and resizing, which keep the input's scale."""
     names = [n.input[0] for n in convolutions]
     inherited = set()
     for node in others:
@@ -240,7 +240,7 @@ def _scaled(convolutions: Iterable[onnx.NodeProto], others: Iterable[onnx.NodePr
 
 
 def _drop_unread(model: onnx.ModelProto) -> None:
-    """Take out the nodes whose results nobody reads."""
+    """Remove the nodes whose results are not read."""
     while True:
         read = {name for n in model.graph.node for name in n.input} | {v.name for v in model.graph.output}
         unread = [n for n in model.graph.node if not read & {*n.output}]
@@ -251,7 +251,7 @@ def _drop_unread(model: onnx.ModelProto) -> None:
 
 
 def _restore_floats(model: onnx.ModelProto, keep: Collection[str]) -> None:
-    """Let every node but those in `keep` read tensors as they are, without Q/DQ."""
+    """Let every node outside `keep` read tensors as they are, without Q/DQ."""
     sources = {n.output[0]: n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")}
     raw = {
         name: sources[n.input[0]].input[0]
@@ -265,7 +265,7 @@ def _restore_floats(model: onnx.ModelProto, keep: Collection[str]) -> None:
 
 
 def _strip(model: onnx.ModelProto, original: onnx.ModelProto) -> None:
-    """Take out what only tracing and the quantiser needed; of a narrow network it is a tenth of the file."""
+    """Remove what only tracing and the quantiser need; it is a tenth of a narrow network's file."""
     del model.graph.value_info[:]
     del model.metadata_props[:]
     model.metadata_props.extend(original.metadata_props)
@@ -285,19 +285,3 @@ def _layers(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> tupl
             name = weight.removesuffix("_quantized").removesuffix(SUFFIX).removeprefix(PREFIX)
             layers.append(Layer(name, node.name, prod(shapes[node.output[0]]) * prod(weights[weight][1:])))
     return tuple(layers)
-
-
-def _load(path: Path) -> onnx.ModelProto:
-    check_model_file(path)
-    try:
-        return onnx.load(path)
-    except Exception as error:  # protobuf's and onnx's own
-        raise ModelError(f"{path}: not an ONNX model: {one_line(error)}") from error
-
-
-def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
-    tensor = value.type.tensor_type
-    dims: Iterable[int | str | None] = (
-        d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim
-    )
-    return TensorSpec(value.name, str(tensor_dtype_to_np_dtype(tensor.elem_type)), tuple(dims))

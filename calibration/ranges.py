@@ -1,9 +1,8 @@
-"""How far the activations of a model reach over calibration groups, and where to cut them off.
+"""The ranges of a model's activations over calibration groups, and where to cut them off.
 
 Two passes over the groups: the first finds each tensor's largest absolute value, the second counts values in bins of
-equal width up to it. Bins that are the same for every group make the result independent of the order of the groups
-(histograms that grow as they go are not), and one group is in memory at a time (ONNX Runtime's own calibrators keep
-the activations of all).
+equal width up to it. All groups have the same bins, so their order does not change the result. One group is in memory
+at a time; ONNX Runtime's own calibrators keep the activations of all.
 """
 
 import json
@@ -13,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 
 from calibration.groups import Feeds
+from export.onnx_file import cpu_session
 from runtime.errors import ModelError, one_line
 from runtime.files import replacing, write_json
 
@@ -44,8 +43,8 @@ def collect(
         path: the model's file, for messages.
         model: an exported model; not changed.
         tensors: names of activations in it.
-        passes: gives all groups, each time it is called; it is given what the pass is for.
-        method: "minmax", the largest value; "percentile", what that share of values stays below; "entropy", the
+        passes: returns all groups, each time it is called; its argument says what the pass is for.
+        method: "minmax", the largest value; "percentile", the value below which that share lies; "entropy", the
             limit whose quantised histogram differs least from the true one (Kullback–Leibler).
         percentile: in (0, 100].
         threads: of ONNX Runtime; None for one per core.
@@ -72,7 +71,7 @@ def collect(
 
 
 def histogram(x: NDArray[Any], limit: float) -> Counts:
-    """How many of |x| lie in each of BINS equal bins of [0, limit]."""
+    """The number of |x| in each of BINS equal bins of [0, limit]."""
     counts = np.zeros(BINS, np.int64)
     if limit > 0:
         for image in x:  # one at a time: the indices take eight bytes each
@@ -87,10 +86,10 @@ def _percentile_limit(counts: Counts, limit: float, percentile: float) -> float:
 
 
 def _entropy_limit(counts: Counts, limit: float) -> float:
-    """The limit at which int8 keeps most of what the histogram says (Migacz, "8-bit inference with TensorRT", 2017).
+    """The limit at which int8 keeps most of the information (Migacz, "8-bit inference with TensorRT", 2017).
 
-    For each limit the histogram with what lies beyond added to its last bin is compared, by the Kullback–Leibler
-    divergence, with the same flattened to the 128 levels that int8 has there.
+    For each limit two histograms are compared by the Kullback–Leibler divergence: the true one, with the counts beyond
+    the limit added to its last bin, and the same flattened to int8's 128 levels.
     """
     shape = counts.astype(np.float64)
     shape[0] = shape[1]  # mostly the zeros that ReLU makes, which any scale keeps exactly
@@ -112,34 +111,24 @@ def _entropy_limit(counts: Counts, limit: float) -> float:
     return limit * chosen / BINS
 
 
-def _session(
-    path: Path, model: onnx.ModelProto, tensors: Sequence[str], threads: int | None
-) -> onnxruntime.InferenceSession:
-    """The model with the tensors among its outputs."""
+def _session(path: Path, model: onnx.ModelProto, tensors: Sequence[str], threads: int | None) -> Any:
+    """A session of the model with the tensors among its outputs."""
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
     watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.log_severity_level = 3
-    try:
-        return onnxruntime.InferenceSession(watched.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's exceptions have no common base but Exception
-        raise ModelError(f"{path}: ONNX Runtime can't load it: {one_line(error)}") from error
+    return cpu_session(path, watched.SerializeToString(), threads)
 
 
-def _run(
-    path: Path, session: onnxruntime.InferenceSession, tensors: Sequence[str], feeds: Feeds
-) -> list[NDArray[np.floating]]:
+def _run(path: Path, session: Any, tensors: Sequence[str], feeds: Feeds) -> list[NDArray[np.floating]]:
     try:
         outputs: list[NDArray[np.floating]] = session.run([*tensors], feeds)
-    except Exception as error:
+    except Exception as error:  # ONNX Runtime's exceptions have no common base
         raise ModelError(f"{path}: failed on a group of {len(feeds['images'])}: {one_line(error)}") from error
     return outputs
 
 
 def read_cache(path: Path, key: dict[str, str]) -> tuple[Ranges | None, str]:
-    """Ranges of an earlier run, if they are of the same model, data and method; else None, and why not."""
+    """Ranges of an earlier run with the same model, data and method; or None and the reason why there are none."""
     if not path.exists():
         return None, "there is none yet"
     try:

@@ -1,8 +1,8 @@
-"""Which layers can't be int8: each one's cost in accuracy, and the fewest to keep in floating point for a max_drop.
+"""Which layers stay in floating point: what each layer costs in int8, and the fewest to keep for a given drop.
 
-The cost of a layer is what S-measure and max F lose on a data set with ground truths when it alone is int8; of the two
-losses the larger counts. The costliest layers return to floating point, one after the other, until the model with all
-others in int8 is within the max_drop; then each is put back to int8 if the max_drop allows it.
+The cost of a layer is the drop of S-measure or max F, whichever is larger, on a data set with ground truths, when that
+layer alone is int8. The costliest layers return to floating point, one after the other, until the model with all others
+in int8 drops by at most `max_drop`. Then each of them goes back to int8 if the drop stays within that.
 """
 
 import json
@@ -22,7 +22,7 @@ from evaluation.metrics import Metrics
 from runtime.errors import InputError
 from runtime.predictor import Predictor
 
-CURVE = (0.25, 0.5, 0.75)  # shares of int8 operations that the plot shows, at most
+CURVE = (0.25, 0.5, 0.75)  # the plot shows models with at most these shares of int8 operations
 LEAST_SHARE = 0.5  # of int8 convolution operations; a search that goes below has failed
 
 Score = Callable[[Path | onnx.ModelProto, str], Metrics]
@@ -46,12 +46,12 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Decisions:
-    """What a search found.
+class PrecisionPlan:
+    """The precision of every layer, and the models that led to it.
 
-    found: the model to use, which has a loss within the max_drop if `reached`. costs: per layer, the model in which it
-    alone is int8. path: the models tried, from all layers in int8 on. curve: models with the layers that cost least in
-    int8, of growing share.
+    found: the chosen model; its loss is at most `max_drop` if `reached`. costs: per layer, the model in which it alone
+    is int8. path: the models tried, from all layers in int8 on. curve: models of growing share, with the cheapest
+    layers in int8.
     """
 
     max_drop: float
@@ -77,14 +77,14 @@ def scorer(dataset: Dataset, threads: int | None = None) -> Score:
     return score
 
 
-def search(model: ExportedModel, ranges: Ranges, max_drop: float, score: Score) -> Decisions:
+def search(model: ExportedModel, ranges: Ranges, max_drop: float, score: Score) -> PrecisionPlan:
     """Find the fewest layers to keep in floating point.
 
     Args:
         model: the model.
         ranges: of all its `tensors()`.
-        max_drop: what S-measure and max F may lose, each.
-        score: scores a model; it is also told what it is for.
+        max_drop: how much S-measure and max F may drop, each.
+        score: scores a model; its second argument says what the model is.
     """
     names = [layer.name for layer in model.candidates]
     reference = score(model.path, "without int8")
@@ -106,7 +106,7 @@ def search(model: ExportedModel, ranges: Ranges, max_drop: float, score: Score) 
         path.append(without(worst[: len(path)]))
     found = min(path, key=lambda p: p.loss) if path[-1].loss > max_drop or path[-1].share < LEAST_SHARE else path[-1]
     reached = found.loss <= max_drop and found.share >= LEAST_SHARE
-    # The layer that came last is needed: without it the max_drop was not met.
+    # The last layer is needed: with it in int8 the drop was too large.
     for name in worst[len(found.float_layers) - 2 :: -1] if reached and len(found.float_layers) > 1 else ():
         fewer = without([other for other in found.float_layers if other != name])
         path.append(fewer)
@@ -114,47 +114,47 @@ def search(model: ExportedModel, ranges: Ranges, max_drop: float, score: Score) 
             found = fewer
     ends = [next((k for k in range(len(names)) if model.share(worst[k:]) <= share), 0) for share in CURVE]
     curve = [without(worst[:k]) for k in ends]
-    return Decisions(max_drop, reached, baseline, found, costs, tuple(path), tuple(curve))
+    return PrecisionPlan(max_drop, reached, baseline, found, costs, tuple(path), tuple(curve))
 
 
-def read_decisions(path: Path, model: ExportedModel) -> list[str]:
-    """The layers that an earlier search keeps in floating point.
+def read_precision_plan(path: Path, model: ExportedModel) -> list[str]:
+    """The layers that a plan's file keeps in floating point.
 
     Raises:
-        InputError: not a file of decisions, or of a network with other layers.
+        InputError: not a precision plan, or a plan for a network with other layers.
     """
     try:
         layers = json.loads(path.read_text(encoding="utf-8"))["float_layers"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not decisions that icnet calibrate --max-drop wrote") from error
+        raise InputError(f"{path}: not a precision plan; icnet calibrate --max-drop writes one") from error
     known = {layer.name for layer in model.candidates}
     if not isinstance(layers, list) or not {*map(str, layers)} <= known:
         other = min({*map(str, layers)} - known, default="none") if isinstance(layers, list) else "none"
-        raise InputError(f"{path}: decisions about another network: {model.path} has no layer {other}")
+        raise InputError(f"{path}: a precision plan for another network: {model.path} has no layer {other}")
     return layers
 
 
-def record(decisions: Decisions, model: ExportedModel) -> dict[str, Any]:
-    """The decisions as they are written."""
+def record(plan: PrecisionPlan, model: ExportedModel) -> dict[str, Any]:
+    """The plan as it is written to a file."""
     return {
-        "max_drop": decisions.max_drop,
-        "reached": decisions.reached,
-        "float_layers": list(decisions.found.float_layers),
-        "without_int8": asdict(decisions.baseline),
-        "found": asdict(decisions.found),
-        "path": [asdict(p) for p in decisions.path],
-        "curve": [asdict(p) for p in decisions.curve],
+        "max_drop": plan.max_drop,
+        "reached": plan.reached,
+        "float_layers": list(plan.found.float_layers),
+        "without_int8": asdict(plan.baseline),
+        "found": asdict(plan.found),
+        "path": [asdict(p) for p in plan.path],
+        "curve": [asdict(p) for p in plan.curve],
         "layers": {
             name: {"share": model.share([name]), **{k: v for k, v in asdict(p).items() if k not in HIDDEN}}
-            for name, p in decisions.costs.items()
+            for name, p in plan.costs.items()
         },
     }
 
 
-HIDDEN = ("float_layers", "share")  # of a layer's own model, where they say nothing new
+HIDDEN = ("float_layers", "share")  # of a layer's own model, where they are known
 
 
-def table(decisions: Decisions, model: ExportedModel, rows: int = 12) -> Table:
+def table(plan: PrecisionPlan, model: ExportedModel, rows: int = 12) -> Table:
     """The costliest layers and the outcome, for a terminal."""
     grid = Table(title="What layers cost when they alone are int8")
     grid.add_column("layer")
@@ -164,34 +164,34 @@ def table(decisions: Decisions, model: ExportedModel, rows: int = 12) -> Table:
     def add(label: str, share: float, p: Point) -> None:
         grid.add_row(label, f"{share:.1%}", f"{p.s:.4f}", f"{p.max_f:.4f}", f"{p.loss:+.4f}")
 
-    add("without int8", 0, decisions.baseline)
-    ranked: Sequence[str] = sorted(decisions.costs, key=lambda name: -decisions.costs[name].loss)
+    add("without int8", 0, plan.baseline)
+    ranked: Sequence[str] = sorted(plan.costs, key=lambda name: -plan.costs[name].loss)
     for name in ranked[:rows]:
-        add(name, model.share([name]), decisions.costs[name])
+        add(name, model.share([name]), plan.costs[name])
     if len(ranked) > rows:
         grid.add_row(f"… {len(ranked) - rows} that cost less")
     grid.add_section()
-    add("all int8", decisions.path[0].share, decisions.path[0])
-    kept = len(decisions.found.float_layers)
-    add(f"chosen: {kept} in floating point", decisions.found.share, decisions.found)
+    add("all int8", plan.path[0].share, plan.path[0])
+    kept = len(plan.found.float_layers)
+    add(f"chosen: {kept} in floating point", plan.found.share, plan.found)
     return grid
 
 
-def draw(decisions: Decisions, model: ExportedModel, path: Path) -> None:
-    """Accuracy against the share of int8 operations, and the layers' costs, as a picture."""
+def draw(plan: PrecisionPlan, model: ExportedModel, path: Path) -> None:
+    """Plot accuracy against the share of int8 operations, and the layers' costs."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    points = sorted([decisions.baseline, *decisions.curve, *decisions.path], key=lambda p: p.share)
+    points = sorted([plan.baseline, *plan.curve, *plan.path], key=lambda p: p.share)
     for key, label in (("s", "S"), ("max_f", "max F")):
         line = left.plot([100 * p.share for p in points], [getattr(p, key) for p in points], "o-", label=label)
-        limit = getattr(decisions.baseline, key) - decisions.max_drop
+        limit = getattr(plan.baseline, key) - plan.max_drop
         left.axhline(limit, linestyle=":", color=line[0].get_color())
-    left.axvline(100 * decisions.found.share, color="0.7", zorder=0)
-    left.set(xlabel="int8 convolution operations, %", title="accuracy; dotted: the max_drop")
+    left.axvline(100 * plan.found.share, color="0.7", zorder=0)
+    left.set(xlabel="int8 convolution operations, %", title="accuracy; dotted: max_drop")
     left.legend()
-    costs = decisions.costs.items()
+    costs = plan.costs.items()
     right.scatter([100 * model.share([n]) for n, _ in costs], [p.loss for _, p in costs], s=12)
     right.axhline(0, color="0.7", zorder=0)
     right.set(xlabel="a layer's share of the operations, %", title="loss when it alone is int8", xscale="log")

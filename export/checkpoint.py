@@ -20,7 +20,7 @@ from runtime.files import replacing
 
 MAX_WIDTH = 16  # the paper's is 1; a file that claims more than this is damaged
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-FIRST_LAYER = "vgg.vgg.0.weight"  # 64 output channels at width 1
+FIRST_LAYERS = {"ICNet": "vgg.vgg.0.weight", "EGNet": "base.base.0.weight"}  # each 64 output channels at width 1
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> ICNet:
@@ -34,20 +34,57 @@ def load_checkpoint(path: str | os.PathLike[str]) -> ICNet:
             tensors; the message names them.
     """
     state = read_checkpoint(path)["state_dict"]
-    first = state.get(FIRST_LAYER)
-    if first is None or first.ndim != 4:
-        raise CheckpointError(f"{path}: not an ICNet checkpoint: it has no 4-D tensor {FIRST_LAYER}{_examples(state)}")
-    width = first.shape[0] / 64
-    if width * WIDTH_STEPS != int(width * WIDTH_STEPS) or not 0 < width <= MAX_WIDTH:
-        raise CheckpointError(
-            f"{path}: {FIRST_LAYER} has {first.shape[0]} output channels; an ICNet has 64 times its width, which is a "
-            f"multiple of 1/{WIDTH_STEPS} up to {MAX_WIDTH}"
-        )
+    width = width_of(path, state, "ICNet")
     with torch.device("meta"):  # shapes first: a file that lies about its width must not fill the memory
-        _check(path, ICNet(width), state)
+        check_state(path, ICNet(width), state)
     model = ICNet(width)
     model.load_state_dict(state)
     return model.eval()
+
+
+def width_of(path: str | os.PathLike[str], state: Mapping[str, Tensor], network: str) -> float:
+    """The width of the network that a state dict is of, from its first convolution: 64 output channels at width 1.
+
+    Args:
+        path: the file, for the message.
+        state: the tensors.
+        network: which network it should be, "ICNet" or "EGNet".
+
+    Raises:
+        CheckpointError: they are another network's, or no width has this many channels.
+    """
+    first_layer = FIRST_LAYERS[network]
+    for other, layer in FIRST_LAYERS.items():
+        if layer in state and first_layer not in state:
+            raise CheckpointError(
+                f"{path}: the checkpoint of an {other}, not of an {network}: icnet export --network {other.lower()} "
+                "takes it"
+            )
+    first = state.get(first_layer)
+    if first is None or first.ndim != 4:
+        raise CheckpointError(
+            f"{path}: not an {network} checkpoint: it has no 4-D tensor {first_layer}{_examples(state)}"
+        )
+    width = first.shape[0] / 64
+    if width * WIDTH_STEPS != int(width * WIDTH_STEPS) or not 0 < width <= MAX_WIDTH:
+        raise CheckpointError(
+            f"{path}: {first_layer} has {first.shape[0]} output channels; an {network} has 64 times its width, which "
+            f"is a multiple of 1/{WIDTH_STEPS} up to {MAX_WIDTH}"
+        )
+    return width
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint: a bare state dict, or one under the key `state_dict`.
+
+    Raises:
+        CheckpointError: the file can't be read, needs pickled code, or has anything but tensors there.
+    """
+    checkpoint = _load(path)
+    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path}: not a state dict but {type(state).__name__}")
+    return _tensors(path, state)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -57,7 +94,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: the file can't be read, needs pickled code, or is not of this layout.
     """
     checkpoint = _load(path)
-    if isinstance(checkpoint, Mapping) and FIRST_LAYER in checkpoint:  # a bare state dict
+    if isinstance(checkpoint, Mapping) and any(layer in checkpoint for layer in FIRST_LAYERS.values()):  # bare
         checkpoint = {"state_dict": checkpoint}
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
         keys = f" (its keys: {', '.join(map(str, list(checkpoint)[:5]))} …)" if isinstance(checkpoint, Mapping) else ""
@@ -78,7 +115,7 @@ def save_checkpoint(
         path: the file.
         model: the network.
         optimizer: written under `optimizer`, to go on training.
-        training: written under `training`: what else that needs, in numbers, texts, lists and dicts.
+        training: written under `training`: the rest that resuming needs, in numbers, texts, lists and dicts.
 
     Raises:
         OutputError: the file can't be written.
@@ -109,7 +146,7 @@ def load_backbone(model: ICNet, path: str | os.PathLike[str]) -> None:
     state = _tensors(path, state)
     if "features.0.weight" in state:
         state = {k.removeprefix("features."): v for k, v in state.items() if not k.startswith("classifier.")}
-    _check(path, model.vgg.vgg, state)
+    check_state(path, model.vgg.vgg, state)
     model.vgg.vgg.load_state_dict(state)
 
 
@@ -140,7 +177,7 @@ def _tensors(path: str | os.PathLike[str], state: Mapping[Any, Any]) -> dict[str
     return dict(state)
 
 
-def _check(path: str | os.PathLike[str], module: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
+def check_state(path: str | os.PathLike[str], module: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
     """Say which tensors are missing, extra, misshapen, of another kind or not finite, before any is loaded."""
     expected = module.state_dict()
     problems = []

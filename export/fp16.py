@@ -68,7 +68,7 @@ def _largest_outputs(network: ICNet) -> dict[nn.Conv2d, float]:
 
 
 def _scale(network: ICNet, largest: dict[nn.Conv2d, float]) -> None:
-    """Give every layer before the co-saliency modules' normalisation a factor, and take it back where it matters."""
+    """Give every layer before the co-saliency modules' normalisation a factor, and undo it where it matters."""
     taps: list[float] = []  # the factor of each stage's output
     factor = 1.0
     for index, layer in enumerate(network.vgg.vgg):

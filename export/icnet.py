@@ -17,7 +17,7 @@ leads to the order of the pixels stays in FP32: norms, SIVs, correlation maps, s
 image hundreds of pixels become equal and their order arbitrary, and a trained network's maps were off by up to 0.8.
 
 All that an image needs of its group is the group's SIVs. So `ICNet` computes a group by itself; or, given a *bank* of
-SIVs, each image on its own; or several groups in one batch, if each image is told which SIVs are its own group's.
+SIVs, each image on its own; or several groups in one batch, with a mask that says which SIVs are of an image's group.
 
 Shape comments: N images in the batch, M SIVs in the bank (M = N for a group on its own), P = 2 polarities
 (foreground, background), C channels, HW = H·W pixels, K channels out of the 1×1 convolution, S = 1280·width numbers in
@@ -34,7 +34,7 @@ MEAN = (0.485, 0.456, 0.406)  # ImageNet's, RGB
 STD = (0.229, 0.224, 0.225)
 WIDTH_STEPS = 32  # channels of the narrowest layer at width 1
 SIVS_PER_WIDTH = 1280  # numbers in the SIVs of one image at width 1: 2 polarities, 128 + 256 + 256 channels
-MASKED = -1e9  # agreement of another group's map: e to this power is 0 beside any agreement of one's own
+MASKED = -1e9  # agreement with another group's map: in the softmax, its weight is 0
 
 
 def resize(x: Tensor, size: int) -> Tensor:
@@ -147,26 +147,26 @@ class CorrelationFusion(nn.Module):
         v = s @ f.transpose(1, 2)  # [N, P, C]
         return l2_normalise(v / f.shape[2], 2)
 
-    def attention(self, f: Tensor, bank: Tensor, own: Tensor | None = None) -> Tensor:
+    def attention(self, f: Tensor, bank: Tensor, member_mask: Tensor | None = None) -> Tensor:
         """CFM (§3.3, eq. 2): the co-salient attention (CSA) of each image, given its group's SIVs.
 
         Args:
             f: normalised features, FP32 [N, C, HW].
             bank: SIVs of the whole group, FP32 [M, P, C].
-            own: bool [N, M], which SIVs of the bank belong to an image's group, one at least; None for all.
+            member_mask: bool [N, M], which SIVs of the bank belong to an image's group, at least one; None for all.
 
         Returns:
             FP32 [N, P, HW], each row in [0, 1].
         """
         maps = bank.transpose(0, 1) @ f.unsqueeze(1)  # [P, M, C] @ [N, 1, C, HW] = [N, P, M, HW]
         maps = l2_normalise(maps, 3)
-        if own is not None:
-            own = own.view(-1, 1, bank.shape[0], 1)  # [N, 1, M, 1]
-            maps = torch.where(own, maps, 0.0)  # not "maps * own": nothing of another group gets through, not even NaN
+        if member_mask is not None:
+            member_mask = member_mask.view(-1, 1, bank.shape[0], 1)  # [N, 1, M, 1]
+            maps = torch.where(member_mask, maps, 0.0)  # not a product: NaN of another group would get through
         # Σ_k ⟨c_m, c_k⟩ = ⟨c_m, Σ_k c_k⟩: no M×M matrix per image.
         agreement = maps @ maps.sum(2).unsqueeze(3)  # [N, P, M, HW] @ [N, P, HW, 1] = [N, P, M, 1]
-        if own is not None:
-            agreement = torch.where(own, agreement, MASKED)
+        if member_mask is not None:
+            agreement = torch.where(member_mask, agreement, MASKED)
         weights = agreement.softmax(2).transpose(2, 3)  # [N, P, 1, M]
         return min_max((weights @ maps).squeeze(2))  # [N, P, HW]
 
@@ -194,13 +194,15 @@ class CorrelationFusion(nn.Module):
         # CSA is one number per pixel, the same for every channel: it commutes with the 1×1 convolution.
         return x * csa.to(x.dtype).unsqueeze(2) + bias.view(-1, 1)
 
-    def forward(self, features: Tensor, sisms: Tensor, bank: Tensor | None = None, own: Tensor | None = None) -> Tensor:
+    def forward(
+        self, features: Tensor, sisms: Tensor, bank: Tensor | None = None, member_mask: Tensor | None = None
+    ) -> Tensor:
         """[N, C, H, W], [N, 1, 224, 224] → [N, P·K, H, W]: foreground channels, then background channels.
 
-        `bank` and `own` are as for `attention`; without a bank the images' own SIVs are the bank.
+        `bank` and `member_mask` are as for `attention`; without a bank the images' own SIVs are the bank.
         """
         f = self.normalise(features)  # FP32 [N, C, HW]
-        csa = self.attention(f, self.sivs(f, sisms) if bank is None else bank, own)  # [N, P, HW]
+        csa = self.attention(f, self.sivs(f, sisms) if bank is None else bank, member_mask)  # [N, P, HW]
         x = self.rscf(f, csa).unflatten(3, (self.size, self.size))  # [N, P, K, H, W]
         residual = self.conv[1]
         if self.training:  # the paper runs the polarities one after the other: each has its own batch statistics
@@ -216,9 +218,11 @@ class CoSaliency(nn.Module):
         self.cosal_feat = CorrelationFusion(channels, out, size)
         self.conv = nn.Sequential(nn.Conv2d(2 * out, out, 1), Residual(out))
 
-    def forward(self, features: Tensor, sisms: Tensor, bank: Tensor | None = None, own: Tensor | None = None) -> Tensor:
-        """[N, C, H, W], [N, 1, 224, 224] → [N, K, H, W]; `bank` and `own` as for `CorrelationFusion.attention`."""
-        return self.conv(self.cosal_feat(features, sisms, bank=bank, own=own))
+    def forward(
+        self, features: Tensor, sisms: Tensor, bank: Tensor | None = None, member_mask: Tensor | None = None
+    ) -> Tensor:
+        """[N, C, H, W], [N, 1, 224, 224] → [N, K, H, W]; the others: see `CorrelationFusion.attention`."""
+        return self.conv(self.cosal_feat(features, sisms, bank=bank, member_mask=member_mask))
 
 
 class Prediction(nn.Module):
@@ -303,16 +307,16 @@ class ICNet(nn.Module):
         self.apply(_he_init)
 
     def forward(
-        self, images: Tensor, sisms: Tensor, bank: Tensor | None = None, own: Tensor | None = None
+        self, images: Tensor, sisms: Tensor, bank: Tensor | None = None, member_mask: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
         """Co-saliency maps of one group.
 
         Args:
             images: [N, 3, 224, 224], RGB, ImageNet-normalised; N ≥ 1, all of one group.
             sisms: [N, 1, 224, 224], in [0, 1].
-            bank: SIVs from `sivs`, FP32 [M, S], M ≥ 1; then the images are computed each on its own, as members of
-                the group that these SIVs are of. None: the images' own SIVs.
-            own: bool [N, M], which SIVs belong to an image's group, one at least; None for all.
+            bank: SIVs from `sivs`, FP32 [M, S], M ≥ 1; each image is then computed on its own, as a member of the
+                group with these SIVs. None: the images' own SIVs.
+            member_mask: bool [N, M], which SIVs belong to an image's group, at least one; None for all.
 
         Returns:
             In evaluation mode map_1, [N, 1, 224, 224] in [0, 1]. In training mode (map_4, map_3, map_2, map_1), with
@@ -322,7 +326,7 @@ class ICNet(nn.Module):
         co_salient = []
         banks = [None] * 3 if bank is None else self._split(bank)
         for (module, features), rows in zip(self._levels(*deep), banks, strict=True):
-            given = {} if rows is None and own is None else {"bank": rows, "own": own}
+            given = {} if rows is None and member_mask is None else {"bank": rows, "member_mask": member_mask}
             co_salient.append(module(features, sisms, **given))
         co6, co5, co4 = co_salient  # [N, 128, 7, 7], [N, 128, 14, 14], [N, 128, 28, 28]
 
@@ -389,9 +393,11 @@ class Uint8Interface(nn.Module):
         s = sisms.to(self.mean.dtype).unsqueeze(1) / 255  # [N, 1, 224, 224]
         return (x - self.mean) / self.std, s
 
-    def forward(self, images: Tensor, sisms: Tensor, bank: Tensor | None = None, own: Tensor | None = None) -> Tensor:
-        """uint8 [N, 224, 224, 3], uint8 [N, 224, 224] → float32 [N, 224, 224]; `bank` and `own` as for `ICNet`."""
-        given = {} if bank is None and own is None else {"bank": bank, "own": own}
+    def forward(
+        self, images: Tensor, sisms: Tensor, bank: Tensor | None = None, member_mask: Tensor | None = None
+    ) -> Tensor:
+        """uint8 [N, 224, 224, 3], uint8 [N, 224, 224] → float32 [N, 224, 224]; the others: see `ICNet`."""
+        given = {} if bank is None and member_mask is None else {"bank": bank, "member_mask": member_mask}
         return self.network(*self.normalise(images, sisms), **given).squeeze(1)
 
 
@@ -407,7 +413,7 @@ class Packed(nn.Module):
 
         Images with the same number in `groups`, any number, wherever they stand, are one group.
         """
-        return self.interface(images, sisms, own=groups.unsqueeze(1) == groups.unsqueeze(0))
+        return self.interface(images, sisms, member_mask=groups.unsqueeze(1) == groups.unsqueeze(0))
 
 
 class Intra(nn.Module):

@@ -1,8 +1,8 @@
 """python export/mnn_worker.py FOLDER MODEL.mnn: MNN's part of `export.to_mnn`.
 
-A process of its own, because MNN's converter prints whatever it likes, and some graphs crash it. FOLDER has model.onnx;
-notes.json, which the file will carry; and calls.npz with an array `NUMBER/TENSOR` for each input of each call. Their
-outputs go to outputs.npz, as `NUMBER`.
+It is a process of its own because MNN's converter prints without restraint and crashes on some graphs. FOLDER has
+model.onnx; notes.json, which the file will carry; and calls.npz with an array `NUMBER/TENSOR` for each input of each
+call. Their outputs go to outputs.npz, as `NUMBER`.
 """
 
 import os
@@ -14,7 +14,7 @@ import numpy as np
 
 def main(folder: Path, output: Path) -> None:
     """Convert the model, then run the calls; ends with exit code 1 and a message if either fails."""
-    import _tools  # MNN's converter without its command line, which would install a package and report to its makers
+    import _tools  # MNN's converter; its command line would install a package and report to its makers
     import MNN
 
     arguments = {"-f": "ONNX", "--modelFile": folder / "model.onnx", "--MNNModel": output}

@@ -1,6 +1,6 @@
-"""What TensorRT's Python API needs around a build: its logger, progress monitor, parser, timing cache and layer lists.
+"""TensorRT's Python API around a build: logger, progress monitor, parser, timing cache and layer lists.
 
-Nothing here knows what an engine is built for; `trt` is the module, `tensorrt` or `tensorrt_rtx`.
+Nothing here depends on ICNet; `trt` is the module, `tensorrt` or `tensorrt_rtx`.
 """
 
 import ctypes
@@ -37,7 +37,7 @@ def load_tensorrt() -> Any:
             return importlib.import_module(name)
         except ImportError:
             continue
-        except OSError as error:  # a shared library of it
+        except OSError as error:  # one of its shared libraries
             raise DependencyError(f"{name} is installed but can't be loaded: {one_line(error)}") from error
     raise DependencyError(
         f"TensorRT is not installed: {how_to_install('tensorrt')}, or [tensorrt-rtx] for GeForce and RTX GPUs"
@@ -48,7 +48,7 @@ def make_logger(trt: Any) -> Any:
     """A TensorRT logger with `last_error` and `warnings`, which prints nothing."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
-        """Keeps what TensorRT would print."""
+        """Keeps TensorRT's messages."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -94,7 +94,7 @@ def make_monitor(trt: Any, progress: Progress) -> Any:
 @contextmanager
 def cancelled_by_ctrl_c(monitor: Any) -> Iterator[None]:
     """Let Ctrl-C only tell the monitor: KeyboardInterrupt must not be raised through TensorRT's C++."""
-    if threading.current_thread() is not threading.main_thread():  # the others get no signals
+    if threading.current_thread() is not threading.main_thread():  # other threads get no signals
         yield
         return
 
@@ -112,7 +112,7 @@ def parse(trt: Any, logger: Any, path: Path, data: bytes) -> tuple[Any, Any, Any
     """Builder and network of an ONNX file, and the parser, which owns the weights and must outlive the build."""
     try:
         builder = trt.Builder(logger)
-    except TypeError as error:  # how the bindings say that TensorRT returned nothing
+    except TypeError as error:  # the bindings raise it where TensorRT returned nothing
         raise DependencyError(f"{trt.__name__} {trt.__version__} does not start: {logger.last_error}") from error
     # TensorRT 10 needs the flag; in 11 and RTX all networks are strongly typed, and the flag may be gone one day.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
@@ -155,14 +155,14 @@ def use_timing_cache(config: Any, logger: Any, data: bytes) -> tuple[str, Any]:
 
 
 def no_deprecations() -> AbstractContextManager[object]:
-    """TensorRT-RTX says that its timing caches do nothing, at each call."""
+    """Silence TensorRT-RTX, which warns at each call that its timing caches do nothing."""
     return warnings.catch_warnings(action="ignore", category=DeprecationWarning)
 
 
 def list_layers(trt: Any, logger: Any, plan: Any, network: Any) -> dict[str, Any]:
     """Name, type and output precision of the engine's layers, or, without the GPU to load it on, of the network's.
 
-    A strongly typed engine keeps the network's types; which layers are fused, and the formats, only the engine knows.
+    A strongly typed engine keeps the network's types. Only the engine knows which layers are fused, and the formats.
     """
     runtime = trt.Runtime(logger)
     runtime.engine_host_code_allowed = True  # a version-compatible engine brings its own runtime; this one is ours
@@ -176,7 +176,7 @@ def list_layers(trt: Any, logger: Any, plan: Any, network: Any) -> dict[str, Any
         return {"of": "network", "layers": rows}
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     for layer in json.loads(text)["Layers"]:
-        if isinstance(layer, str):  # all that TensorRT keeps of some
+        if isinstance(layer, str):  # of some layers TensorRT keeps only the name
             layer = {"Name": layer}
         fields = ("Format/Datatype", "DataType", "Format")  # the first is TensorRT 10's, the others are 11's
         formats = (" ".join(str(o[f]) for f in fields if f in o) for o in layer.get("Outputs", []))

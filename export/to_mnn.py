@@ -1,20 +1,12 @@
 """An exported model to a file for MNN, compared with ONNX Runtime before it appears.
 
-MNN's converter reports success whatever happened, and gets some operators wrong without a word; so those are spelled
-out in others first, and what comes out is run beside the ONNX file.
-
-How much may the two differ? Winograd's convolutions round more coarsely than direct ones, the more so the more
-channels there are: VGG16's features were up to 1e-6 away from ONNX Runtime's at width 1/32, relatively, 4e-5 at width
-1/4 and 1.4e-4 at width 1. And the order in which RSCF puts the pixels is discontinuous (see `export.proof`). So the
-noise floor is measured, on the same inputs: ONNX Runtime against itself, with random noise of three parts in 10⁵ on
-every value that a convolution gives, which at width 1 moves the features by 1e-4. Correct files were 0.01 to 1.3
-floors away (maximum and mean, all four kinds of exports, three networks); files with one of the two operators left as
-it was 9 or more in the maximum and 18 or more in the mean. So it may be four. Of maps, what no 8-bit map can show
-passes in any case, because the floor of a network that happens to have no swap is nearly zero; SIVs come before that
-order.
+MNN's converter reports success whatever happened, and computes some operators wrong without an error. So those are
+spelled out in others first, and the result is run beside the ONNX file. The two may differ by four noise floors, which
+are measured on the same inputs: ONNX Runtime against itself, with Winograd's noise (see `export.noise`). Of maps,
+differences that no 8-bit map can show pass in any case; SIVs are computed before the order of the pixels, and their
+floor is never nearly zero.
 """
 
-import argparse
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -29,26 +21,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
 from rich.progress import Progress
 
-from export.build_engine import load_onnx, onnx_tensors, read
+from export.noise import ALLOWED_FLOORS, NEGLIGIBLE_MAX, NEGLIGIBLE_MEAN, with_winograd_noise
+from export.onnx_file import cpu_session, load_model, metadata, read_bytes, tensors
 from runtime import __version__
-from runtime.contract import SIZE, Interface, check_contract
+from runtime.contract import SIZE, ExportKind, Interface, check_contract
 from runtime.errors import DependencyError, ModelError, OutputError, how_to_install, one_line
 from runtime.files import replacing, same_file
 
 WORKER = Path(__file__).with_name("mnn_worker.py")
-WINOGRAD = 3e-5  # relative rounding error of a convolution
-ALLOWED_FLOORS = 4.0
-NEGLIGIBLE_MEAN, NEGLIGIBLE_MAX = 1e-4, 1e-2  # of maps; what no 8-bit map shows
 GROUP_SIZES = (1, 2, 5, 12)
-KINDS = {
-    "plain": "groups of any size",
-    "packed": "any number of groups",
-    "intra": "images to SIVs",
-    "banked": "any bank",
-}
 
 Call = dict[str, NDArray[Any]]  # an array for each input
 Outputs = list[NDArray[np.float32]]
@@ -63,8 +46,8 @@ def build_mnn(onnx_path: Path, output: Path, progress: Progress | None = None) -
         progress: shows the steps; None for silence.
 
     Returns:
-        What the file says of itself, in MNN's `bizCode`: the versions, the ONNX file's SHA-256 and its own notes; and
-        its `kind` (see `Interface`), `max` and `mean`: how far its outputs are from ONNX Runtime's.
+        The notes in the file (MNN's `bizCode`): the versions, the ONNX file's SHA-256 and its metadata; and the file's
+        `kind` (see `ExportKind`), and `max` and `mean` of |Δ| between its outputs and ONNX Runtime's.
 
     Raises:
         ModelError: the file is not an exported ICNet, MNN can't convert or run it, or computes something else.
@@ -75,16 +58,16 @@ def build_mnn(onnx_path: Path, output: Path, progress: Progress | None = None) -
         raise DependencyError(f"{', '.join(missing)}: not installed: {how_to_install('cpu,mnn')}")
     if same_file(output, onnx_path):
         raise OutputError(f"{output}: is the model itself; give the MNN file another name")
-    data = read(onnx_path)
-    model = load_onnx(onnx_path, data)
-    interface = check_contract(onnx_path, *onnx_tensors(model))
+    data = read_bytes(onnx_path)
+    model = load_model(onnx_path, data)
+    interface = check_contract(onnx_path, *tensors(model))
     _check(onnx_path, model, interface)
     notes = {
         "producer": f"icnet-deploy {__version__}",
         "mnn": importlib.metadata.version("MNN"),
         "onnx": onnx_path.name,
         "onnx_sha256": hashlib.sha256(data).hexdigest(),
-        "onnx_metadata": {p.key: p.value for p in model.metadata_props},
+        "onnx_metadata": metadata(model),
     }
     progress = progress or Progress(disable=True)
     calls = sample_calls(interface)
@@ -96,11 +79,12 @@ def build_mnn(onnx_path: Path, output: Path, progress: Progress | None = None) -
         progress.advance(bar)
         if not all(np.isfinite(array).all() for array in expected):
             raise ModelError(f"{onnx_path}: computes NaN or infinite values; its weights may be damaged")
-        noisy = _run_onnx(onnx_path, _with_noise(model), calls)
+        noisy = _run_onnx(onnx_path, with_winograd_noise(model), calls)
         progress.advance(bar)
         delta, floor = _difference(found, expected), _difference(noisy, expected)
-        most, mean = ALLOWED_FLOORS * floor.max(), ALLOWED_FLOORS * floor.mean()
-        if interface.kind != "intra":
+        factor = ALLOWED_FLOORS["winograd"]
+        most, mean = factor * floor.max(), factor * floor.mean()
+        if interface.kind is not ExportKind.INTRA:
             most, mean = max(most, NEGLIGIBLE_MAX), max(mean, NEGLIGIBLE_MEAN)
         if not (delta.max() <= most and delta.mean() <= mean):
             raise ModelError(
@@ -111,20 +95,8 @@ def build_mnn(onnx_path: Path, output: Path, progress: Progress | None = None) -
     return notes | {"kind": interface.kind, "max": float(delta.max()), "mean": float(delta.mean())}
 
 
-def run(args: argparse.Namespace) -> int:
-    """Build `args.output` from `args.onnx`; raises what `build_mnn` does."""
-    console = Console()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        record = build_mnn(args.onnx, args.output, progress)
-    print(
-        f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, MNN {record['mnn']}, {KINDS[record['kind']]}; "
-        f"|Δ| to ONNX Runtime: {record['max']:.1e} at most, {record['mean']:.1e} on average"
-    )
-    return 0
-
-
 def _check(path: Path, model: Any, interface: Interface) -> None:
-    """Raise ModelError for models that MNN would run otherwise than they say."""
+    """Raise ModelError for a model that MNN would not run as it is written."""
     from onnx import TensorProto
 
     if fixed := [spec for spec in interface.inputs if isinstance(spec.shape[0], int)]:
@@ -141,10 +113,10 @@ def _check(path: Path, model: Any, interface: Interface) -> None:
 
 
 def spell_out(model: Any) -> Any:
-    """The model in the operators that MNN 3.6 gets right; its own tensors keep their names.
+    """A copy of the model in operators that MNN 3.6 computes right; its tensors keep their names.
 
-    MNN takes no note of a ReduceL2's axes where they are an input (opset 18), and loses a batch axis where both
-    operands of a MatMul are broadcast.
+    MNN ignores the axes of a ReduceL2 where they are an input (opset 18), and loses a batch axis where both operands of
+    a MatMul are broadcast.
     """
     from onnx import helper, shape_inference
 
@@ -183,7 +155,7 @@ def spell_out(model: Any) -> Any:
 
 
 def sample_calls(interface: Interface) -> list[Call]:
-    """Seeded groups of smooth noise, and inputs with which formulas break."""
+    """Seeded groups of smooth noise, and degenerate ones: a black image, SISMs of all 0 and of all 1."""
     rng = np.random.default_rng(0)
 
     def smooth(n: int, channels: int, cells: int) -> NDArray[np.uint8]:
@@ -198,15 +170,15 @@ def sample_calls(interface: Interface) -> list[Call]:
     calls: list[Call] = [{"images": images, "sisms": sisms} for images, sisms in groups]
     for call in calls:
         n = len(call["images"])
-        if interface.kind == "packed":
+        if interface.kind is ExportKind.PACKED:
             call["groups"] = rng.choice(np.array([7, -3], np.int32), n)
-        if interface.kind == "banked":
+        if interface.kind is ExportKind.BANKED:
             call["bank"] = rng.standard_normal((n * n, interface.inputs[-1].sizes[0]), np.float32)
     return calls
 
 
 def convert(onnx_path: Path, model: Any, output: Path, notes: str, calls: Sequence[Call]) -> Outputs:
-    """Write an .mnn file, whatever it computes; returns what it makes of the calls.
+    """Write an .mnn file, unchecked; returns its outputs for the calls.
 
     Raises:
         ModelError: MNN can't convert the model, or can't run it; the message names `onnx_path`.
@@ -218,7 +190,7 @@ def convert(onnx_path: Path, model: Any, output: Path, notes: str, calls: Sequen
         Path(folder, "notes.json").write_text(notes, encoding="utf-8")
         arrays = {f"{i}/{name}": array for i, call in enumerate(calls) for name, array in call.items()}
         np.savez(Path(folder, "calls.npz"), **arrays)  # type: ignore[arg-type]
-        # -P: MNN's converter is a module of the top-level name _tools, which no other folder shall provide.
+        # -P: MNN's converter is the top-level module _tools; no folder may shadow it.
         command = [sys.executable, "-P", str(WORKER), folder, str(output)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
@@ -230,38 +202,15 @@ def convert(onnx_path: Path, model: Any, output: Path, notes: str, calls: Sequen
 
 
 def _run_onnx(onnx_path: Path, data: bytes, calls: Sequence[Call]) -> Outputs:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    session = cpu_session(onnx_path, data)
     try:
-        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         return [session.run(None, call)[0] for call in calls]
-    except Exception as error:  # ONNX Runtime's exceptions have no common base but Exception
+    except Exception as error:  # ONNX Runtime's exceptions have no common base
         raise ModelError(f"{onnx_path}: ONNX Runtime can't run it: {one_line(error)}") from error
 
 
-def _with_noise(model: Any) -> bytes:
-    """The model with Winograd's rounding error, as seeded noise, on the output of every convolution."""
-    from onnx import helper
-
-    model = type(model).FromString(model.SerializeToString())
-    nodes = []
-    for seed, node in enumerate(model.graph.node):
-        nodes.append(node)
-        if node.op_type == "Conv":
-            y = node.output[0]
-            node.output[0] = f"{y}.exact"
-            noise: dict[str, Any] = {"mean": 1.0, "scale": WINOGRAD, "seed": float(seed)}
-            nodes.append(helper.make_node("RandomNormalLike", [f"{y}.exact"], [f"{y}.factor"], **noise))
-            nodes.append(helper.make_node("Mul", [f"{y}.exact", f"{y}.factor"], [y]))
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    return bytes(model.SerializeToString())
-
-
 def _difference(found: Outputs, expected: Outputs) -> NDArray[np.floating]:
-    """|Δ| of all values of all calls; infinite where one is not finite, or an output of another shape."""
+    """|Δ| of all values of all calls; infinite where a value is not finite, or an output has another shape."""
     pairs = zip(found, expected, strict=True)
     deltas = [np.abs(f - e) if f.shape == e.shape else np.full(e.shape, np.inf) for f, e in pairs]
     delta = np.concatenate(deltas)

@@ -1,7 +1,7 @@
 """python export/to_onnx.py: a checkpoint to ONNX with a dynamic group axis, proved before it appears.
 
-One file for whole groups; or one for several groups in a batch (`--packed`); or two for images against a bank of SIVs
-(`--banked`).
+It writes one file for whole groups, or one for several groups in a batch (`--packed`), or two for images against a bank
+of SIVs (`--banked`).
 """
 
 import sys
@@ -28,21 +28,22 @@ from rich.progress import Progress
 from export.checkpoint import load_checkpoint
 from export.fp16 import half_precision
 from export.icnet import SIVS_PER_WIDTH, ICNet, Intra, Packed, Uint8Interface
-from export.proof import ALLOWED_FLOORS, check, compare, table
+from export.onnx_file import TAKES
+from export.proof import check, compare, table
 from export.reference import ReferenceICNet
 from export.samples import samples
 from runtime import __version__
-from runtime.contract import BANK, FLOAT_INPUTS, FLOAT_OUTPUTS, GROUPS, INPUTS, OUTPUTS, SIVS, WEIGHTS
+from runtime.contract import BANK, FLOAT_INPUTS, FLOAT_OUTPUTS, GROUPS, INPUTS, OUTPUTS, SIVS, WEIGHTS, ExportKind
 from runtime.errors import InputError, ModelError, OutputError
 from runtime.files import bank_files, digest, replacing, same_file
 
 OPSET = 18
-INTERFACES = {
-    "uint8": (INPUTS, OUTPUTS, Uint8Interface),
-    "float32": (FLOAT_INPUTS, FLOAT_OUTPUTS, lambda network: network),
-    "packed": ((*INPUTS, GROUPS), OUTPUTS, Packed),
-    "intra": (INPUTS, (SIVS,), Intra),
-    "banked": ((*INPUTS, BANK), OUTPUTS, Uint8Interface),
+EXPORTS = {  # inputs, outputs, and what is traced
+    ExportKind.PLAIN: (INPUTS, OUTPUTS, Uint8Interface),
+    ExportKind.FLOAT32: (FLOAT_INPUTS, FLOAT_OUTPUTS, lambda network: network),
+    ExportKind.PACKED: ((*INPUTS, GROUPS), OUTPUTS, Packed),
+    ExportKind.INTRA: (INPUTS, (SIVS,), Intra),
+    ExportKind.BANKED: ((*INPUTS, BANK), OUTPUTS, Uint8Interface),
 }
 EXAMPLE = {"N": 3, "M": 4}  # lengths of the dynamic axes while tracing
 
@@ -50,28 +51,28 @@ EXAMPLE = {"N": 3, "M": 4}  # lengths of the dynamic axes while tracing
 def write_onnx(
     network: ICNet | ReferenceICNet,
     path: Path,
-    interface: str = "uint8",
+    kind: ExportKind = ExportKind.PLAIN,
     provenance: dict[str, str] | None = None,
 ) -> onnx.ModelProto:
     """Trace a network and write it as one ONNX file, weights inside, with dynamic axes N ≥ 1 and M ≥ 1.
 
     Args:
-        network: in evaluation mode, in FP32 or from `half_precision`; the reference only as "uint8" or "float32".
+        network: in evaluation mode, in FP32 or from `half_precision`; the reference only as `PLAIN` or `FLOAT32`.
         path: the file to write.
-        interface: "uint8", "packed", "intra" or "banked", those of the file contract; or "float32", the authors'
-            (ImageNet-normalised float32 [N, 3, 224, 224] and [N, 1, 224, 224] → [N, 1, 224, 224]).
+        kind: one of the file contract's; or `FLOAT32`, the authors' interface (ImageNet-normalised float32
+            [N, 3, 224, 224] and [N, 1, 224, 224] → [N, 1, 224, 224]).
         provenance: notes for the model's `metadata_props`.
 
     Returns:
         The model that was written.
     """
-    inputs, outputs, make = INTERFACES[interface]
+    inputs, outputs, make = EXPORTS[kind]
     module = make(network)  # type: ignore[arg-type]  # a bank is ICNet's alone; the reference has none
     lengths = EXAMPLE | {"S": round(SIVS_PER_WIDTH * network.width)}
     shapes = [[d if isinstance(d, int) else lengths[str(d)] for d in spec.shape] for spec in inputs]
     example = tuple(torch.zeros(s, dtype=getattr(torch, spec.dtype)) for s, spec in zip(shapes, inputs, strict=True))
     axes = {name: torch.export.Dim(name, min=1) for name in EXAMPLE}
-    with warnings.catch_warnings(action="ignore"):  # deprecations inside the exporter
+    with warnings.catch_warnings(action="ignore"):  # the exporter uses deprecated functions
         program = torch.onnx.export(
             module.eval(),
             example,
@@ -82,15 +83,15 @@ def write_onnx(
             dynamo=True,
             verbose=False,
         )
-    assert program is not None  # only the exporter of old returns None
+    assert program is not None  # only the old exporter returns None
     model = program.model_proto
     onnx.helper.set_model_props(model, provenance or {})
     onnx.save(model, path)
     return model
 
 
-def weights_digest(network: ICNet) -> str:
-    """SHA-256 of a network's weights: what files that belong together have in common, whatever their precision."""
+def weights_digest(network: torch.nn.Module) -> str:
+    """SHA-256 of a network's weights, by which its exports of any kind and precision know each other."""
     found = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -101,7 +102,13 @@ def weights_digest(network: ICNet) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `icnet export`."""
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="ICNet_vgg16.pth, or a checkpoint of this project"
+        "--checkpoint", type=Path, required=True, help="ICNet_vgg16.pth, a checkpoint of this project, or EGNet.pth"
+    )
+    parser.add_argument(
+        "--network",
+        choices=("icnet", "egnet"),
+        default="icnet",
+        help="egnet: the single-image detector that makes SISMs (VGG16), for images of any size (default icnet)",
     )
     parser.add_argument("--output", type=Path, required=True, help="the .onnx file to write")
     parser.add_argument(
@@ -112,20 +119,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--precision",
-        choices=ALLOWED_FLOORS,
+        choices=("fp32", "fp16"),
         default="fp32",
         help="fp16: convolutions and products in half precision, for GPUs; half the file (default fp32)",
     )
 
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument(
-        "--packed", action="store_true", help="several groups in one batch: a third input says which image is in which"
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument(
+        "--packed", action="store_true", help="several groups in one batch: a third input names each image's group"
     )
-    kind.add_argument(
+    kinds.add_argument(
         "--banked",
         action="store_true",
         help="two files, NAME.intra.onnx (images to SIVs) and NAME.banked.onnx (images and SIVs to maps), for groups "
-        "of any size in bounded memory and for images against a kept bank",
+        "of any size in bounded memory and for images against a bank",
     )
 
 
@@ -138,19 +145,25 @@ def run(args: argparse.Namespace) -> int:
         OutputError: the file can't be written.
         ModelError: the proof failed; no file is left.
     """
-    interface = "packed" if args.packed else "banked" if args.banked else args.io
-    if args.io != "uint8" and interface != args.io:
-        raise InputError(f"--io {args.io}: a --{interface} export takes uint8 only")
-    outputs = {interface: args.output}
+    if args.network == "egnet":
+        from export.egnet_onnx import run as run_egnet
+
+        return run_egnet(args)
+    kind = ExportKind.FLOAT32 if args.io == "float32" else ExportKind.PLAIN
+    if args.packed or args.banked:
+        kind = ExportKind.PACKED if args.packed else ExportKind.BANKED
+        if args.io != "uint8":
+            raise InputError(f"--io {args.io}: a --{kind} export takes uint8 only")
+    outputs = {kind: args.output}
     if args.banked:
         if args.output.is_dir():
             raise OutputError(f"{args.output}: can't be written: it is a folder")
-        outputs = dict(zip(("intra", "banked"), bank_files(args.output), strict=True))
+        outputs = dict(zip((ExportKind.INTRA, ExportKind.BANKED), bank_files(args.output), strict=True))
     for output in outputs.values():
         if same_file(args.checkpoint, output):
             raise OutputError(f"{output}: is the checkpoint itself; choose another --output")
     console = Console()
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision's operators are not there
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision is not installed
     network = load_checkpoint(args.checkpoint)
     provenance = {
         "producer": f"icnet-deploy {__version__}",
@@ -164,30 +177,27 @@ def run(args: argparse.Namespace) -> int:
         "torch": torch.__version__,
     }
     with ExitStack() as stack:
-        files = {name: stack.enter_context(replacing(output)) for name, output in outputs.items()}
+        files = {each: stack.enter_context(replacing(output)) for each, output in outputs.items()}
         groups = samples()
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             bar = progress.add_task("tracing", total=len(groups) + len(files))
             typed = half_precision(network) if args.precision == "fp16" else network
-            for name, temporary in files.items():
-                write_onnx(typed, temporary, name, provenance)
+            for each, temporary in files.items():
+                write_onnx(typed, temporary, each, provenance)
                 progress.advance(bar)
             progress.update(bar, description="proving")
             step = partial(progress.advance, bar)
-            differences = compare(
-                files[interface], network, interface, args.precision, groups, step, intra=files.get("intra")
-            )
+            intra = files.get(ExportKind.INTRA)
+            differences = compare(files[kind], network, kind, args.precision, groups, step, intra)
         try:
-            check(outputs[interface], differences, args.precision)
+            check(outputs[kind], differences, args.precision)
         except ModelError:
             console.print(table(differences, args.precision))
             raise
     console.print(table(differences, args.precision))
-    what = {"packed": "any number of groups", "intra": "images to SIVs", "banked": "any bank"}
-    for name, output in outputs.items():
+    for each, output in outputs.items():
         console.print(
-            f"{output}: {output.stat().st_size / 1e6:.1f} MB, {args.precision}, width {network.width:g}, "
-            f"{what.get(name, 'any group size')}",
+            f"{output}: {output.stat().st_size / 1e6:.1f} MB, {args.precision}, width {network.width:g}, {TAKES[each]}",
             highlight=False,
             markup=False,
             soft_wrap=True,

@@ -12,7 +12,7 @@ import torch
 from export.icnet import ICNet
 from export.to_mnn import convert
 from export.to_onnx import weights_digest, write_onnx
-from runtime.contract import WEIGHTS
+from runtime.contract import INTERFACES, WEIGHTS, ExportKind
 
 DATA = Path(__file__).parent / "data"
 BIRDS = DATA / "bird"
@@ -59,8 +59,9 @@ def convert_to_mnn(path: Path) -> None:
 
 def write_exports(folder: Path, network: ICNet) -> Path:
     """The four exports of a network, as `icnet export` names them, and how the plain one is called."""
-    for name, interface in {"": "uint8", ".packed": "packed", ".intra": "intra", ".banked": "banked"}.items():
-        write_onnx(network, folder / f"icnet{name}.onnx", interface, {WEIGHTS: weights_digest(network)})
+    for interface in INTERFACES:
+        name = "icnet.onnx" if interface.kind is ExportKind.PLAIN else f"icnet.{interface.kind}.onnx"
+        write_onnx(network, folder / name, interface.kind, {WEIGHTS: weights_digest(network)})
     return folder / "icnet.onnx"
 
 

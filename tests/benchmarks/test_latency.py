@@ -20,7 +20,7 @@ from benchmarks.machine import Work, matrix_product, peak_memory
 from benchmarks.runners import GPU_RUNNERS, RUNNERS, Died, Runner, Setting, alone, inputs
 from calibration.graph import ExportedModel
 from calibration.ranges import collect
-from export.operations import total_flop
+from export.onnx_file import total_flop
 from export.to_onnx import write_onnx
 from runtime import DependencyError, ModelError
 from tests import simulated_gpu
@@ -339,7 +339,7 @@ def built(monkeypatch):
         built.append((output.name, [str(profile) for profile in profiles]))
         simulated_gpu.engine_file(output, onnx_path, [(p.min, p.opt, p.max) for p in profiles])
 
-    monkeypatch.setattr("export.build_engine.build_engine", build_engine)
+    monkeypatch.setattr("export.tensorrt_engine.build_engine", build_engine)
     return built
 
 

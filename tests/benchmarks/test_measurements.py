@@ -16,7 +16,7 @@ from benchmarks import roofline, scaling, throughput, timing
 from benchmarks.report import BLOCK, RENDER, RESULTS
 from benchmarks.throughput import Stream, read_histogram
 from export.icnet import Uint8Interface
-from export.operations import Node, count, total_flop
+from export.onnx_file import Node, count, total_flop
 from export.reference import ReferenceICNet
 from export.to_onnx import write_onnx
 from runtime import InputError, ModelError
@@ -153,7 +153,7 @@ def test_bytes_of_a_small_graph(tmp_path):
 def test_what_can_not_be_counted(tmp_path):
     path = tmp_path / "x.onnx"
     path.write_text("no model")
-    with pytest.raises(ModelError, match="not an ONNX file"):
+    with pytest.raises(ModelError, match="not an ONNX model"):
         count(path, 1)
     helper = onnx.helper
     node = helper.make_node("NonZero", ["x"], ["y"])

@@ -355,7 +355,7 @@ def test_packed_in_any_order_is_one_by_one(exact, data):
     order = data.draw(st.permutations(range(len(labels))), "order")
     groups, images, sisms = torch.tensor(labels, dtype=torch.int32), images[order], sisms[order]
     with torch.no_grad():
-        packed = network(images, sisms, own=groups[:, None] == groups)
+        packed = network(images, sisms, member_mask=groups[:, None] == groups)
         for label in set(labels):
             mine = groups == label
             torch.testing.assert_close(packed[mine], network(images[mine], sisms[mine]), atol=EXACT, rtol=0)
@@ -392,7 +392,7 @@ def test_nothing_of_another_group_gets_through(exact):
     corrupted = images[:5].clone()
     corrupted[1], corrupted[3] = torch.randn(3, 224, 224, dtype=torch.float64), float("nan")
     with torch.no_grad():
-        expected = network(images[:5], sisms[:5], own=own)
-        found = network(corrupted, sisms[:5], own=own)
+        expected = network(images[:5], sisms[:5], member_mask=own)
+        found = network(corrupted, sisms[:5], member_mask=own)
     torch.testing.assert_close(found[[0, 2]], expected[[0, 2]], atol=0, rtol=0)
     assert not torch.equal(found[4], expected[4])

@@ -12,34 +12,34 @@ from export.icnet import ICNet, Uint8Interface
 from export.proof import Difference, allowed, check, compare
 from export.reference import ReferenceICNet
 from export.samples import samples, smooth_group
-from export.to_onnx import INTERFACES, write_onnx
+from export.to_onnx import EXPORTS, write_onnx
 from runtime import ModelError
-from runtime.contract import INPUTS, OUTPUTS
+from runtime.contract import INPUTS, OUTPUTS, ExportKind
 from tests.helpers import build_with_tensorrt, random_network
 
-EXPORTS = [(io, width, "fp32") for io in ("uint8", "float32") for width in (0.25, 1.0)]
-EXPORTS += [("uint8", 0.25, "fp16"), ("uint8", 1.0, "fp16"), ("float32", 0.25, "fp16")]
-EXPORTS += [(io, 0.25, precision) for io in ("packed", "banked") for precision in ("fp32", "fp16")]
+CASES = [(kind, width, "fp32") for kind in (ExportKind.PLAIN, ExportKind.FLOAT32) for width in (0.25, 1.0)]
+CASES += [(ExportKind.PLAIN, 0.25, "fp16"), (ExportKind.PLAIN, 1.0, "fp16"), (ExportKind.FLOAT32, 0.25, "fp16")]
+CASES += [(kind, 0.25, precision) for kind in (ExportKind.PACKED, ExportKind.BANKED) for precision in ("fp32", "fp16")]
 
 
-@pytest.fixture(scope="module", params=EXPORTS, ids=lambda p: "-".join(map(str, p)))
+@pytest.fixture(scope="module", params=CASES, ids=lambda p: "-".join(map(str, p)))
 def exported(request, tmp_path_factory):
-    io, width, precision = request.param
+    kind, width, precision = request.param
     path = tmp_path_factory.mktemp("export") / "icnet.onnx"
     network = random_network(width)
     typed = half_precision(network) if precision == "fp16" else network
-    write_onnx(typed, path, io, {"precision": precision})
-    return path, network, io, precision
+    write_onnx(typed, path, kind, {"precision": precision})
+    return path, network, kind, precision
 
 
 @pytest.fixture(scope="module")
 def intra(exported, tmp_path_factory):
     """The file that makes the banks of the banked one; None for the others."""
-    _, network, io, precision = exported
-    if io != "banked":
+    _, network, kind, precision = exported
+    if kind is not ExportKind.BANKED:
         return None
     path = tmp_path_factory.mktemp("intra") / "intra.onnx"
-    write_onnx(half_precision(network) if precision == "fp16" else network, path, "intra")
+    write_onnx(half_precision(network) if precision == "fp16" else network, path, ExportKind.INTRA)
     return path
 
 
@@ -83,10 +83,10 @@ def test_the_graph_has_no_computed_kernel_and_no_pixels_by_pixels_tensor(exporte
 
 
 def test_the_file_explains_itself(exported):
-    path, _, io, precision = exported
+    path, _, kind, precision = exported
     model = onnx.load(path, load_external_data=False)
     onnx.checker.check_model(model, full_check=True)
-    expected = [*INPUTS, *OUTPUTS] if io == "uint8" else [*INTERFACES[io][0], *INTERFACES[io][1]]
+    expected = [*INPUTS, *OUTPUTS] if kind is ExportKind.PLAIN else [*EXPORTS[kind][0], *EXPORTS[kind][1]]
     sizes = {"S": 1280 * 0.25}
     for spec, value in zip(expected, [*model.graph.input, *model.graph.output], strict=True):
         assert value.name == spec.name
@@ -100,8 +100,8 @@ def test_the_file_explains_itself(exported):
 
 def test_it_computes_what_the_paper_computes(exported, intra):
     """At full width on few images; the next test has more of them."""
-    path, network, io, precision = exported
-    check(path, compare(path, network, io, precision, groups=samples(sizes=(1, 2)), intra=intra), precision)
+    path, network, kind, precision = exported
+    check(path, compare(path, network, kind, precision, groups=samples(sizes=(1, 2)), intra=intra), precision)
 
 
 def test_exported_at_one_size_and_right_at_any(model_file, network):
@@ -211,9 +211,9 @@ def test_icnet_export_of_banks_and_packs(icnet, tmp_path):
 
 
 def test_a_failed_proof_of_a_bank_export_leaves_neither_file(icnet, tmp_path, monkeypatch):
-    def sabotaged(network, path, interface, *args):
-        wrong = random_network(1 / 32, seed=1) if interface == "intra" else network
-        return write_onnx(wrong, path, interface, *args)
+    def sabotaged(network, path, kind, *args):
+        wrong = random_network(1 / 32, seed=1) if kind is ExportKind.INTRA else network
+        return write_onnx(wrong, path, kind, *args)
 
     monkeypatch.setattr("export.to_onnx.write_onnx", sabotaged)
     monkeypatch.setattr("export.to_onnx.samples", lambda: samples(sizes=(3,)))
@@ -227,10 +227,10 @@ def test_a_failed_proof_of_a_bank_export_leaves_neither_file(icnet, tmp_path, mo
 def test_the_proof_refuses_a_packed_file_that_mixes_its_groups(tmp_path, monkeypatch):
     network, path = random_network(1 / 32), tmp_path / "mixed.onnx"
     monkeypatch.setattr("export.icnet.Packed.forward", lambda self, images, sisms, groups: self.interface(
-        images, sisms, own=groups.unsqueeze(1) >= groups.unsqueeze(0)
+        images, sisms, member_mask=groups.unsqueeze(1) >= groups.unsqueeze(0)
     ))  # fmt: skip
-    write_onnx(network, path, "packed")
-    differences = compare(path, network, "packed", groups=samples(sizes=(2, 5)))
+    write_onnx(network, path, ExportKind.PACKED)
+    differences = compare(path, network, ExportKind.PACKED, groups=samples(sizes=(2, 5)))
     with pytest.raises(ModelError, match="differ from the paper's network"):
         check(path, differences)
 

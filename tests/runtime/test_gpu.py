@@ -7,8 +7,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from export.build_engine import Options, Profile, build_engine
 from export.fp16 import half_precision
+from export.tensorrt_engine import Options, Profile, build_engine
 from export.to_onnx import write_onnx
 from runtime import ICNetError, Predictor
 from runtime.backends.cuda import Cuda, PageLocked

@@ -1,0 +1,132 @@
+"""Noise floors: how far two correct computations of the same maps differ, in each precision.
+
+The order in which RSCF puts the pixels is discontinuous: two sums that differ in their last bit can swap two near-equal
+pixels, and a swap can move a pixel of the output by 1e-2 or more. So no fixed tolerance is right. A noise floor is
+measured instead: the difference between the reference, which is the network as the paper writes it in FP32, and a
+variant of it that rounds as the precision does, on the same weights and inputs.
+
+- **FP32**: the variant computes in FP64. Correct files were 0.7 to 2.7 floors away from the reference (see
+  `export.proof`, which derives the bound).
+- **FP16**: convolutions have their weights, inputs and outputs rounded to 11 bits. This leaves FP16's range out: a file
+  whose activations overflow has no such excuse. A correct file rounds at more places, within the products of RSCF. Its
+  mean was 0.7 to 2.0 floors (5 networks, two of them trained, by PyTorch and by ONNX Runtime). A file that computed the
+  order of the pixels in FP16 was 29 floors away on a trained network; on random ones it did not show.
+- **INT8**: convolutions but `FLOAT_LAYERS` have their weights and inputs rounded to 8 bits. Calibrated files were 0.8
+  to 1.4 floors away (three networks, one of them trained, minmax and entropy), networks of other weights 14 to 230.
+- **Winograd**, which is how MNN computes FP32: the outputs of convolutions have random noise of `WINOGRAD`. Winograd's
+  convolutions round more coarsely than direct ones, the more so the more channels there are: VGG16's features were
+  relatively up to 1e-6 away from ONNX Runtime's at width 1/32, 4e-5 at width 1/4 and 1.4e-4 at width 1, where the noise
+  moves them by 1e-4. MNN's files are compared with ONNX Runtime's output for the same file. There correct files were
+  0.01 to 1.3 floors away (maximum and mean, all four kinds of exports, three networks). Files with an operator that MNN
+  gets wrong were 9 or more away in the maximum and 18 or more in the mean.
+
+PyTorch is imported when a variant is made: `icnet calibrate` and `icnet build` run without it.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from export.icnet import ICNet, Uint8Interface
+
+ALLOWED_FLOORS = {"fp32": 4.0, "fp16": 3.0, "winograd": 4.0}  # how many an exported file may be away
+NEGLIGIBLE_MAX, NEGLIGIBLE_MEAN = 1e-2, 1e-4  # of maps in [0, 1]: no 8-bit map shows it
+FLOAT_LAYERS = ("vgg.vgg.0", "get_pred_4.pred.0", "refine_1.pred.pred.0")  # convolutions that INT8 leaves as they are
+INT8_LEVELS = 127  # on one side of 0
+WINOGRAD = 3e-5  # relative rounding error of a convolution
+
+
+def reference(network: "ICNet") -> "Uint8Interface":
+    """The reference in FP32 with the weights of `network`, behind the file contract's uint8 inputs."""
+    from export.icnet import Uint8Interface
+    from export.reference import ReferenceICNet
+
+    return Uint8Interface(ReferenceICNet.of(network))
+
+
+def variant(network: "ICNet", precision: str) -> "Uint8Interface":
+    """The reference that rounds as `precision` does; its difference from `reference(network)` is the noise floor.
+
+    Args:
+        network: in FP32; it is not changed.
+        precision: a key of `VARIANTS`.
+    """
+    found = reference(network)
+    VARIANTS[precision](found)
+    return found
+
+
+def _fp64(network: "nn.Module") -> None:
+    network.double()
+
+
+def _fp16(network: "nn.Module") -> None:
+    from export.fp16 import fold_batch_norms, round_to_half
+
+    fold_batch_norms(network)
+    for conv in _convolutions(network).values():
+        for parameter in conv.parameters():
+            parameter.data = round_to_half(parameter.data)
+        conv.register_forward_pre_hook(lambda _module, inputs: tuple(map(round_to_half, inputs)))
+        conv.register_forward_hook(lambda _module, _inputs, output: round_to_half(output))
+
+
+def _int8(network: "nn.Module") -> None:
+    """One scale per output channel for weights, one per tensor for inputs."""
+    import torch
+
+    from export.fp16 import fold_batch_norms
+
+    def rounded(x: "Tensor", limit: "Tensor") -> "Tensor":
+        scale = limit.clamp_min(torch.finfo(x.dtype).tiny) / INT8_LEVELS
+        return (x / scale).round().clamp(-INT8_LEVELS, INT8_LEVELS) * scale
+
+    fold_batch_norms(network)
+    for name, conv in _convolutions(network).items():
+        if name not in FLOAT_LAYERS:
+            weight = conv.weight.data
+            conv.weight.data = rounded(weight, weight.abs().amax(dim=(1, 2, 3), keepdim=True))
+            conv.register_forward_pre_hook(lambda _module, inputs: (rounded(inputs[0], inputs[0].abs().max()),))
+
+
+def _winograd(network: "nn.Module") -> None:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(_module: object, _inputs: object, output: "Tensor") -> "Tensor":
+        return output * (1 + WINOGRAD * torch.randn(output.shape, generator=generator))
+
+    for conv in _convolutions(network).values():
+        conv.register_forward_hook(noisy)
+
+
+VARIANTS = {"fp32": _fp64, "fp16": _fp16, "int8": _int8, "winograd": _winograd}  # by precision
+
+
+def _convolutions(network: "nn.Module") -> dict[str, "nn.Conv2d"]:
+    """The convolutions behind a `Uint8Interface`, by their names in the checkpoint."""
+    from torch import nn
+
+    found = network.named_modules()
+    return {name.removeprefix("network."): m for name, m in found if isinstance(m, nn.Conv2d)}
+
+
+def with_winograd_noise(model: Any) -> bytes:
+    """An ONNX model with Winograd's rounding error, as seeded noise, on the output of every convolution."""
+    from onnx import helper
+
+    model = type(model).FromString(model.SerializeToString())
+    nodes = []
+    for seed, node in enumerate(model.graph.node):
+        nodes.append(node)
+        if node.op_type == "Conv":
+            y = node.output[0]
+            node.output[0] = f"{y}.exact"
+            noise: dict[str, Any] = {"mean": 1.0, "scale": WINOGRAD, "seed": float(seed)}
+            nodes.append(helper.make_node("RandomNormalLike", [f"{y}.exact"], [f"{y}.factor"], **noise))
+            nodes.append(helper.make_node("Mul", [f"{y}.exact", f"{y}.factor"], [y]))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return bytes(model.SerializeToString())

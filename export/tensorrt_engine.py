@@ -1,0 +1,267 @@
+"""TensorRT engines from exported models.
+
+TensorRT (10 or 11) is used if it is installed, else TensorRT-RTX, which builds without a GPU. The network is always
+strongly typed: FP16 and INT8 are written in the graph, by casts and Q/DQ, and no option changes them.
+"""
+
+import hashlib
+import json
+import shlex
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from export import tensorrt_api as api
+from export.onnx_file import load_model, metadata, read_bytes, tensors
+from runtime import __version__
+from runtime.contract import BANK, ENGINE_NAME, FLOAT_INPUTS, FLOAT_OUTPUTS, INPUTS, WEIGHTS, TensorSpec, check_contract
+from runtime.errors import DependencyError, InputError, ModelError, OutputError
+from runtime.files import remove, replacing, same_file
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The group sizes that an engine takes, and the one that it is tuned for: 1 ≤ min ≤ opt ≤ max.
+
+    Raises:
+        InputError: they are not in that order.
+    """
+
+    min: int
+    opt: int
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise InputError(f"profile {self}: group sizes must be 1 ≤ MIN ≤ OPT ≤ MAX")
+
+    def __str__(self) -> str:
+        return f"{self.min}:{self.opt}:{self.max}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to build.
+
+    Attributes:
+        workspace: most scratch memory that a layer may use, MiB; None for all of the GPU's.
+        timing_cache: file with the kernel timings of earlier builds, read if it exists and written after the build.
+        version_compatible: an engine that later TensorRTs of the same major version load too.
+        hardware_compatible: an engine for every GPU from Ampere on, not only for this one.
+        compute_capabilities: "8.6" and the like, the GPUs to build for; empty for TensorRT's default. RTX only.
+        inspect: keep the description of the layers in the engine, and list them.
+        bank: the bank sizes that the engine of a bank export takes, in every profile.
+    """
+
+    workspace: int | None = None
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    compute_capabilities: tuple[str, ...] = ()
+    inspect: bool = False
+    bank: Profile | None = None
+
+
+def build_engine(
+    onnx_path: Path,
+    output: Path,
+    profiles: Sequence[Profile],
+    options: Options = Options(),
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Build an engine, and beside it `output`.json: its provenance, which is not needed to run it.
+
+    Args:
+        onnx_path: an exported model of any kind and precision.
+        output: the engine to write.
+        profiles: at least one.
+        options: how to build.
+        progress: shows TensorRT's phases; None for silence. Ctrl-C stops the build at its next step.
+
+    Returns:
+        The content of `output`.json.
+
+    Raises:
+        InputError: no profile, or an option that this TensorRT does not have.
+        ModelError: the file is not an exported ICNet, TensorRT refuses it, or it can't be built.
+        OutputError: a file can't be written.
+        DependencyError: TensorRT is not installed, or does not start.
+        KeyboardInterrupt: the build was stopped. Nothing is written then, nor after any error.
+    """
+    trt = api.load_tensorrt()
+    data = read_bytes(onnx_path)
+    if not profiles:
+        raise InputError("no profile: an engine needs at least one range of group sizes")
+    if same_file(output, onnx_path):
+        raise OutputError(f"{output}: is the model itself; give the engine another name")
+    _check_options(trt, options)
+    cached = read_bytes(options.timing_cache) if options.timing_cache and options.timing_cache.exists() else b""
+
+    logger = api.make_logger(trt)
+    builder, network, _parser = api.parse(trt, logger, onnx_path, data)
+    _check_profiles(onnx_path, _group_size(onnx_path, *api.tensors(network)), profiles)
+    _check_bank(onnx_path, api.tensors(network)[0], options)
+    config = _configure(trt, builder, network, profiles, options)
+    try:
+        notes = metadata(load_model(onnx_path, data, weights=False))
+    except DependencyError:  # without onnx
+        notes = None
+    if notes and WEIGHTS in notes:
+        network.name = ENGINE_NAME + notes[WEIGHTS]  # an engine carries this, and nothing else of ours
+
+    sidecar = output.with_name(output.name + ".json")
+    with ExitStack() as files:
+        cache_file = files.enter_context(replacing(options.timing_cache)) if options.timing_cache else None
+        sidecar_file = files.enter_context(replacing(sidecar))
+        engine_file = files.enter_context(replacing(output))
+
+        cache_state, cache = api.use_timing_cache(config, logger, cached)
+        monitor = config.progress_monitor = api.make_monitor(trt, progress or Progress(disable=True))
+        with api.cancelled_by_ctrl_c(monitor):
+            plan = builder.build_serialized_network(network, config)
+        if monitor.cancelled:
+            raise KeyboardInterrupt
+        if plan is None:
+            raise ModelError(f"{onnx_path}: TensorRT could not build it: {logger.last_error}")
+
+        record = {
+            "producer": f"icnet-deploy {__version__}",
+            "engine": output.name,
+            "engine_sha256": hashlib.sha256(plan).hexdigest(),
+            "onnx": onnx_path.name,
+            "onnx_sha256": hashlib.sha256(data).hexdigest(),
+            "onnx_metadata": notes,
+            "tensorrt": trt.__name__,
+            "tensorrt_version": trt.__version__,
+            "gpu": api.gpu(),
+            "profiles": [asdict(p) for p in profiles],
+            "options": asdict(options),
+            "timing_cache": cache_state if cache_file else None,
+            "warnings": list(dict.fromkeys(logger.warnings)),
+            "layers": api.list_layers(trt, logger, plan, network) if options.inspect else None,
+        }
+        engine_file.write_bytes(plan)
+        sidecar_file.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+        if cache_file:
+            with api.no_deprecations():
+                cache_file.write_bytes(cache.serialize())
+        # Now the files get their names, the last opened first. A crash between any two steps leaves an engine without
+        # a sidecar, never one beside the sidecar of another: the old sidecar goes first, the new one comes last.
+        remove(sidecar)
+    return record
+
+
+def trtexec_commands(
+    onnx_path: Path, output: Path, profiles: Sequence[Profile], options: Options = Options()
+) -> dict[int, str]:
+    """The command lines of NVIDIA's `trtexec` that build the same engine, by TensorRT's major version.
+
+    TensorRT is not needed. Without the package `onnx` the model is not read, and has a plain export's inputs.
+
+    Raises:
+        InputError: trtexec has no such option, or profiles and options do not fit the model.
+        ModelError: the file is not an exported ICNet.
+    """
+    inputs, size = _onnx_inputs(onnx_path)
+    _check_profiles(onnx_path, size, profiles)
+    _check_bank(onnx_path, inputs, options)
+    if options.compute_capabilities:
+        raise InputError("--compute-capability: trtexec has no such option, it belongs to TensorRT-RTX")
+    arguments = ["trtexec", f"--onnx={onnx_path}", f"--saveEngine={output}", "--skipInference"]
+    if not isinstance(inputs[0].shape[0], int):  # trtexec takes no shapes for a model with fixed ones
+        for i, profile in enumerate(profiles):
+            if len(profiles) > 1:
+                arguments.append(f"--profile={i}")
+            for name, n in asdict(profile).items():
+                lengths = [getattr(options.bank, name) if spec.name == BANK.name else n for spec in inputs]
+                shapes = zip(inputs, lengths, strict=True)
+                texts = (f"{spec.name}:{'x'.join(map(str, (length, *spec.sizes)))}" for spec, length in shapes)
+                arguments.append(f"--{name}Shapes={','.join(texts)}")
+    flags = {
+        f"--memPoolSize=workspace:{options.workspace}": options.workspace,
+        f"--timingCacheFile={options.timing_cache}": options.timing_cache,
+        "--versionCompatible": options.version_compatible,
+        "--hardwareCompatibilityLevel=ampere+": options.hardware_compatible,
+        "--profilingVerbosity=detailed": options.inspect,
+        "--dumpLayerInfo": options.inspect,
+    }
+    arguments += [flag for flag, wanted in flags.items() if wanted]
+    return {10: shlex.join([*arguments, "--stronglyTyped"]), 11: shlex.join(arguments)}
+
+
+def _check_options(trt: Any, options: Options) -> None:
+    if options.workspace is not None and options.workspace < 1:
+        raise InputError(f"--workspace {options.workspace}: must be at least 1 MiB")
+    foreign = {"hardware-compatible": options.hardware_compatible, "version-compatible": options.version_compatible}
+    hint = "TensorRT-RTX does not have it; name the GPUs to build for with --compute-capability"
+    if trt.__name__ == "tensorrt":
+        foreign = {"compute-capability": bool(options.compute_capabilities)}
+        hint = "only TensorRT-RTX has it; TensorRT builds for the GPU that it runs on"
+    for option, asked in foreign.items():
+        if asked:
+            raise InputError(f"--{option}: {hint}")
+
+
+def _group_size(path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> int | None:
+    """The fixed group size of an exported model of any kind, or None. Raises ModelError for other models."""
+    expected, found = (*FLOAT_INPUTS, *FLOAT_OUTPUTS), (*inputs, *outputs)
+    if len(found) != len(expected) or not all(any(e.accepts(f) for f in found) for e in expected):
+        return check_contract(path, inputs, outputs).size
+    n = inputs[0].shape[0]
+    return n if isinstance(n, int) else None
+
+
+def _check_profiles(path: Path, size: int | None, profiles: Sequence[Profile]) -> None:
+    for profile in profiles:
+        if size is not None and profile != Profile(size, size, size):
+            raise ModelError(
+                f"{path}: exported for groups of exactly {size}, so profile {profile} can't be built: use "
+                f"{size}:{size}:{size}, or export it with a dynamic group axis"
+            )
+
+
+def _check_bank(path: Path, inputs: Sequence[TensorSpec], options: Options) -> None:
+    takes_bank = any(spec.name == BANK.name for spec in inputs)
+    if takes_bank and options.bank is None:
+        raise InputError(f"{path}: takes a bank, whose sizes are missing: give --max-bank")
+    if options.bank is not None and not takes_bank:
+        raise InputError(f"--max-bank: {path} takes no bank; the file for it is NAME.banked.onnx of a bank export")
+
+
+def _configure(trt: Any, builder: Any, network: Any, profiles: Sequence[Profile], options: Options) -> Any:
+    config = builder.create_builder_config()
+    for profile in profiles:
+        shapes = builder.create_optimization_profile()
+        for tensor in (network.get_input(i) for i in range(network.num_inputs)):
+            lengths = options.bank if tensor.name == BANK.name and options.bank else profile
+            shapes.set_shape(tensor.name, *((n, *tuple(tensor.shape)[1:]) for n in asdict(lengths).values()))
+        config.add_optimization_profile(shapes)
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace << 20)
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if options.compute_capabilities:
+        known = {f"{n[2:-1]}.{n[-1]}": c for n, c in trt.ComputeCapability.__members__.items() if n.startswith("SM")}
+        config.num_compute_capabilities = len(options.compute_capabilities)
+        for i, capability in enumerate(options.compute_capabilities):
+            if capability not in known:
+                raise InputError(f"--compute-capability {capability}: this TensorRT-RTX builds for {', '.join(known)}")
+            config.set_compute_capability(known[capability], i)
+    if options.inspect:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    return config
+
+
+def _onnx_inputs(path: Path) -> tuple[Sequence[TensorSpec], int | None]:
+    """The inputs of an exported model and its fixed group size, read by `onnx`; a plain export's without it."""
+    try:
+        inputs, outputs = tensors(load_model(path, weights=False))
+    except DependencyError:
+        return INPUTS, None
+    return inputs, _group_size(path, inputs, outputs)
