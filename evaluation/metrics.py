@@ -21,6 +21,7 @@ from runtime.errors import InputError
 BETA2 = 0.3  # weight of precision in the F-measure
 FOREGROUND = 128  # of 255; a ground truth's pixel above it is foreground
 LEVELS = 256
+TITLES = {"s": "S ↑", "max_f": "max F ↑", "max_e": "max E ↑", "mae": "MAE ↓"}  # the scores, as tables head them
 
 Counts = NDArray[np.int64]
 Curve = NDArray[np.float64]
@@ -46,6 +47,10 @@ class Metrics:
     max_e: float
     precision: Curve
     recall: Curve
+
+    def numbers(self) -> dict[str, float]:
+        """The four scores by their names in `TITLES`."""
+        return {name: getattr(self, name) for name in TITLES}
 
 
 class Scores:

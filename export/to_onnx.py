@@ -97,9 +97,9 @@ def weights_digest(network: ICNet) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `icnet export`."""
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="ICNet_vgg16.pth, or a checkpoint of this project"
+        "-c", "--checkpoint", type=Path, required=True, help="ICNet_vgg16.pth, or a checkpoint of this project"
     )
-    parser.add_argument("--output", type=Path, required=True, help="the .onnx file to write")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the .onnx file to write")
     parser.add_argument(
         "--io",
         choices=("uint8", "float32"),

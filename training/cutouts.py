@@ -1,4 +1,4 @@
-"""python training/cutouts.py: cut-outs with exact masks, sorted by class, from open emoji sets.
+"""Cut-outs with exact masks, sorted by class, from open emoji sets.
 
 Emoji sets draw the same things, each in its own hand: a class is an emoji, its members are the sets' drawings of it.
 The sets are read as their npm packages `@iconify-json/NAME` ship them (`npm pack @iconify-json/noto` and so on): one
@@ -8,15 +8,6 @@ Classes are split in two, for training and for testing, so that classes which sh
 on the same side: what is tested was never seen.
 """
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":  # run as a script: the same as `icnet cutouts`
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from icnet_cli import main
-
-    sys.exit(main(["cutouts", *sys.argv[1:]]))
-
 import argparse
 import hashlib
 import io
@@ -25,6 +16,7 @@ import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import resvg_py
@@ -69,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "packages", type=Path, nargs="+", help="archives that `npm pack @iconify-json/NAME` wrote, several sets"
     )
-    parser.add_argument("--output", type=Path, required=True, help="gets train/CLASS/SET.png and test/CLASS/SET.png")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for train/ and test/CLASS/SET.png")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""python training/paste.py: groups made by cut and paste, objects of one class on backgrounds, among other objects.
+"""Groups made by cut and paste, objects of one class on backgrounds, among other objects.
 
 The idea of "group cut-paste" is that of "Free Lunch for Co-Saliency Detection: Context Adjustment" (Li et al., 2021).
 Every image holds one or two objects of the group's class and up to three *distractors* of other classes. The ground
@@ -9,29 +9,16 @@ the images as a distractor (a *decoy*) makes sure that what is merely frequent i
 Everything follows from a seed: the same seed gives the same groups.
 """
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":  # run as a script: the same as `icnet paste`
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from icnet_cli import main
-
-    sys.exit(main(["paste", *sys.argv[1:]]))
-
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from runtime.contract import SIZE
 from runtime.errors import InputError
-from runtime.files import replacing
 from runtime.groups import image_files
 from runtime.preprocess import read_image
 from training.cutouts import related
@@ -60,57 +47,6 @@ class Group:
     images: Pixels
     masks: Pixels
     sisms: Pixels
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `icnet paste`."""
-    parser.add_argument("--cutouts", type=Path, required=True, help="folder with CLASS/NAME.png, RGBA")
-    parser.add_argument("--backgrounds", type=Path, required=True, help="photographs, in folders of any depth")
-    parser.add_argument("--output", type=Path, required=True, help="data set to write: img/, gt/ and sism/, by GROUP")
-    parser.add_argument("--groups", type=int, default=60, help="each of another class, if there are as many")
-    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="one group of each, instead of --groups")
-    parser.add_argument("--images", type=int, default=10, help="per group")
-    parser.add_argument("--distractors", type=int, nargs=2, default=(2, 3), metavar=("MIN", "MAX"), help="per image")
-    parser.add_argument(
-        "--corrupted", type=float, default=0.2, help="share of SISMs that are plainly wrong (default 0.2)"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Write a data set in the paper's layout.
-
-    Raises:
-        InputError: options out of range, or cut-outs or backgrounds that can't be used.
-        OutputError: it can't be written.
-    """
-    low, high = args.distractors
-    if min(args.groups, args.images) < 1 or not 0 <= args.corrupted <= 1 or not 0 <= low <= high or args.seed < 0:
-        raise InputError(
-            "--groups and --images take numbers from 1, --corrupted from 0 to 1, --distractors FEWEST ≤ MOST"
-        )
-    if args.output.exists():
-        raise InputError(f"{args.output}: is there already; choose another --output")
-    maker = CutPaste(args.cutouts, args.backgrounds)
-    if unknown := set(args.classes or ()) - set(maker.names):
-        raise InputError(f"{args.cutouts}: no class {', '.join(sorted(unknown))} in it")
-    count = len(args.classes) if args.classes else args.groups
-    options = (args.images, (low, high), args.corrupted)
-    console = Console(stderr=True)
-    for i in track(
-        range(count), description="pasting", console=console, transient=True, disable=not console.is_terminal
-    ):
-        group = maker.nth(args.seed, i, *options, name=args.classes and args.classes[i])
-        turn = 0 if args.classes else i // len(maker.names)
-        label = f"{group.name}-{turn + 1}" if turn else group.name
-        for k in range(args.images):
-            for folder, pixels, suffix in (
-                ("img", group.images[k], ".jpg"), ("gt", group.masks[k], ".png"), ("sism", group.sisms[k], ".png"),
-            ):  # fmt: skip
-                with replacing(args.output / folder / label / f"{k + 1:03}{suffix}") as temporary:
-                    Image.fromarray(pixels).save(temporary, quality=92)
-    print(f"{count} groups of {args.images} in {args.output}")
-    return 0
 
 
 class CutPaste:

@@ -1,4 +1,4 @@
-"""python training/pretrain.py: a VGG16 of any width that knows the classes of the cut-outs, to start training from.
+"""A VGG16 of any width that knows the classes of the cut-outs, to start training from.
 
 The paper starts from a VGG16 that was trained on ImageNet, which exists at width 1 only. This is what stands in for it
 at other widths: the thirteen convolutions learn to tell the training classes apart, on small pictures of one object
@@ -7,16 +7,8 @@ Afterwards the normalisation is folded into the weights, the classifier is dropp
 `vgg16_feat.pth`, for `icnet train --backbone`.
 """
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":  # run as a script: the same as `icnet pretrain`
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from icnet_cli import main
-
-    sys.exit(main(["pretrain", *sys.argv[1:]]))
-
 import argparse
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `icnet pretrain`."""
     parser.add_argument("--cutouts", type=Path, required=True, help="CLASS/NAME.png, from `icnet cutouts`")
     parser.add_argument("--backgrounds", type=Path, required=True, help="photographs, in folders of any depth")
-    parser.add_argument("--output", type=Path, required=True, help="the backbone's weights")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the backbone's weights")
     parser.add_argument("--width", type=float, default=0.25, help="multiple of 1/32; 1 is VGG16")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=96, help="pictures per step")

@@ -1,4 +1,4 @@
-"""python training/train.py: train ICNet, on a data set or on groups made by cut and paste.
+"""Train ICNet, on a data set or on groups made by cut and paste.
 
 The defaults are the paper's (§4.1): batches of 10 images of one group, random horizontal flips, soft IoU loss over
 four maps (eq. 3), Adam with learning rate 1e-5 and weight decay 1e-4, 60 epochs, a pretrained VGG16, everything else
@@ -7,20 +7,13 @@ from N(0, 0.01).
 Every step's batch follows from the seed and the step alone, so an interrupted run goes on as if it had not been.
 """
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":  # run as a script: the same as `icnet train`
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from icnet_cli import main
-
-    sys.exit(main(["train", *sys.argv[1:]]))
-
 import argparse
 import math
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--cutouts", type=Path, help="folder with CLASS/NAME.png, RGBA")
     data.add_argument("--backgrounds", type=Path, help="photographs, in folders of any depth")
     data.add_argument("--images", type=int, default=10, help="images of one group per step (default 10)")
-    parser.add_argument("--output", type=Path, required=True, help="checkpoint, written now and then and at the end")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="checkpoint, written every --save-every steps")
     parser.add_argument("--weights", type=Path, help="write the weights alone as well, in FP16, when training is done")
     parser.add_argument("--resume", action="store_true", help="go on from --output, if it is there")
     parser.add_argument("--backbone", type=Path, help="vgg16_feat.pth, torchvision's VGG16, or of `icnet pretrain`")
