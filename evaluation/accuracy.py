@@ -7,25 +7,25 @@ cut and paste take the place of data sets.
 
 import argparse
 import datetime
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from rich.console import Console
+from PIL import Image
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from evaluation import bank_sizes, corrupted_sisms
 from evaluation.dataset import BUILTIN, Dataset, Maps, evaluate, find_dataset
 from evaluation.metrics import BETA2, TITLES, Metrics
-from evaluation.record import SISMS, labels, versions
-from runtime import DependencyError, InputError, OutputError, Predictor
+from evaluation.record import SISMS, labels, recording, versions
+from runtime import DependencyError, InputError, Predictor
 from runtime.errors import install_hint
-from runtime.files import bank_files, digest, replacing, same_file, write_json
+from runtime.files import bank_files, digest, same_file
 from training.groups import add_group_arguments, add_material_arguments
 
 PACKAGES = ("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")  # scores depend on them
@@ -164,26 +164,23 @@ def run(args: argparse.Namespace) -> int:
     """
     _check_options(args)
     _check_paths(args)
-    console = Console()
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with ExitStack() as stack:
-        progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        datasets = _find_datasets(args)
-        paths = (args.output, args.plot, args.picture)
-        output, plot, picture = (stack.enter_context(replacing(path)) if path else None for path in paths)
-        stack.enter_context(progress)
-        results: Results | corrupted_sisms.Results | bank_sizes.Results
+    datasets = _find_datasets(args)
+    record: dict[str, Any] = {"date": datetime.date.today().isoformat(), "versions": versions(PACKAGES)}
+    results: Results | corrupted_sisms.Results | bank_sizes.Results
+    picture: Image.Image
+    others: dict[Path, Callable[[Path], object]] = {}
+    if args.plot:
+        others[args.plot] = lambda path: results.draw(path)
+    if args.picture:
+        others[args.picture] = lambda path: picture.save(path, quality=90)
+    with recording(record, args.output, inputs=_models(args), others=others) as progress:
         if args.corrupt_sisms is not None:
             results = corrupted_sisms.measure(args, progress)
         elif args.bank_sizes is not None:
-            results = bank_sizes.measure(args, progress, picture)
+            results, picture = bank_sizes.measure(args, progress)
         else:
             results = measure(datasets, args, progress)
-        if output:
-            start = {"date": datetime.date.today().isoformat(), "versions": versions(PACKAGES)}
-            write_json(output, start | asdict(results))
-        if plot:
-            results.draw(plot)
+        record |= asdict(results)
     return 0
 
 
@@ -270,21 +267,22 @@ def _check_options(args: argparse.Namespace) -> None:
         raise InputError("--bank-sizes takes one model: a bank export")
 
 
+def _models(args: argparse.Namespace) -> list[Path]:
+    """The files and folders that --models stands for."""
+    return args.models if args.bank_sizes is None else [*bank_files(args.models[0])]
+
+
 def _check_paths(args: argparse.Namespace) -> None:
-    models = args.models if args.bank_sizes is None else [*bank_files(args.models[0])]
-    for what, paths in (("model", models), ("data set", args.data)):
+    model = "model file or folder of maps" if args.data else "model file"
+    for what, paths in ((model, _models(args)), ("data set", args.data)):
         for path in paths:
             if not path.exists():
-                kind = "model file or folder of maps" if what == "model" and args.data else "model file"
-                raise InputError(f"{path}: no such {'data set' if what == 'data set' else kind}")
+                raise InputError(f"{path}: no such {what}")
         for one, other in combinations(paths, 2):
             if same_file(one, other):
-                raise InputError(f"{other}: the same {what} twice; name each once")
+                raise InputError(f"{other}: the same {what.split(' file')[0]} twice; name each once")
     outputs = {"--output": args.output, "--plot": args.plot, "--picture": args.picture}
     named = {option: path for option, path in outputs.items() if path}
-    for path in named.values():
-        if any(same_file(path, model) for model in models):
-            raise OutputError(f"{path}: is one of the models; choose another name for the results")
     for option, suffixes in {"--plot": PLOTS, "--picture": PICTURES}.items():
         if option in named and named[option].suffix.lower() not in suffixes:
             raise InputError(f"{named[option]}: {option} writes {', '.join(sorted(suffixes))}")

@@ -76,8 +76,8 @@ class Results:
         figure.savefig(path, dpi=120)
 
 
-def measure(args: argparse.Namespace, progress: Progress, picture: Path | None = None) -> Results:
-    """Score the banks, print a table, and write the picture.
+def measure(args: argparse.Namespace, progress: Progress) -> tuple[Results, Image.Image]:
+    """Score the banks, print a table, and show the largest bank at work on one group.
 
     Raises:
         InputError: an option is out of range, or the material can't be used.
@@ -90,11 +90,9 @@ def measure(args: argparse.Namespace, progress: Progress, picture: Path | None =
         raise InputError(f"{args.cutouts}: no class {args.show} in it")
     with Predictor(bank=bank_files(args.models[0]), threads=args.threads) as predictor:
         results = score(args, maker, predictor, progress)
-        if picture:
-            group = _group(args, maker, 0, args.show)
-            show(predictor, group, results.sizes[-1]).save(picture, quality=90)
+        picture = show(predictor, _group(args, maker, 0, args.show), results.sizes[-1])
     progress.console.print(results.table())
-    return results
+    return results, picture
 
 
 def score(args: argparse.Namespace, maker: "CutPaste", predictor: Predictor, progress: Progress) -> Results:

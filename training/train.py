@@ -33,7 +33,7 @@ INITIAL_STD = 0.01  # of all weights but the backbone's (§4.1)
 
 
 class TrainingError(ICNetError):
-    """A training that can't go on."""
+    """Training can't go on."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,16 +52,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--init",
         choices=("paper", "he"),
         default="paper",
-        help="start of all but the backbone: N(0, 0.01), or He's, which larger learning rates need",
+        help="initial weights of all but the backbone: N(0, 0.01), or He's, for larger learning rates",
     )
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=int, default=60, help="times that a data set is seen (default 60)")
+    length.add_argument("--epochs", type=int, default=60, help="passes over the data set (default 60)")
     length.add_argument("--steps", type=int, help="instead of epochs; needed with --cutouts")
     parser.add_argument("--lr", type=float, default=1e-5, help="learning rate (default 1e-5)")
-    parser.add_argument("--backbone-lr", type=float, help="learning rate of the backbone, if it has its own")
+    parser.add_argument("--backbone-lr", type=float, help="learning rate of the backbone (default: that of --lr)")
     parser.add_argument("--weight-decay", type=float, default=1e-4)
     parser.add_argument(
-        "--schedule", choices=("constant", "cosine"), default="constant", help="of the learning rate; cosine warms up"
+        "--schedule",
+        choices=("constant", "cosine"),
+        default="constant",
+        help="of the learning rate; cosine starts with a warm-up",
     )
     parser.add_argument(
         "--attention-loss",
@@ -76,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
-# What a resumed run must share with the run before, or it would be another training.
+# A run can be resumed only with the same values of these.
 SETTINGS = (
     "images", "width", "init", "epochs", "steps", "lr", "backbone_lr", "weight_decay", "schedule", "attention_loss",
     "clip", "amp", "seed",
@@ -87,9 +90,9 @@ def run(args: argparse.Namespace) -> int:
     """Train, and write the checkpoint and its loss curve.
 
     Raises:
-        InputError: options that don't go together, or data that can't be used; the message names the file.
+        InputError: options exclude each other, or the data can't be used; the message names the file.
         CheckpointError: the backbone, or the checkpoint to resume, does not fit.
-        TrainingError: the loss is not finite; the last checkpoint stays.
+        TrainingError: the loss is not finite; the last checkpoint is kept.
         OutputError: the checkpoint can't be written.
     """
     _check(args)
@@ -117,7 +120,7 @@ def train(
     batches: DataSetBatches | PastedBatches,
     losses: list[float],
 ) -> None:
-    """Take the steps that are left; `losses` has one entry per step that was taken."""
+    """Take the remaining steps; `losses` has one entry per step already taken."""
     steps = len(batches)
     interface = Uint8Interface(network).to(args.device)
     attention = AttentionLoss(network) if args.attention_loss else None
@@ -147,9 +150,9 @@ def train(
 class AttentionLoss:
     """Soft IoU loss of the co-salient attention (foreground) at every level, with SIVs by the SISMs and by the truth.
 
-    Not the paper's: from a weak backbone a network learns to clean up each SISM, and to attend to objects of any kind,
-    before it learns to compare, and stays there. The true SIVs hold nothing but the common object, so attention by them
-    is right only if features tell it from the distractors.
+    This loss is not the paper's. With a weak backbone a network learns to clean up each SISM, and to attend to objects
+    of any kind, but not to compare. SIVs by the ground truth describe the common object alone, so attention by them is
+    right only if the features tell it from the distractors.
     """
 
     def __init__(self, network: ICNet) -> None:
@@ -224,7 +227,7 @@ def _check(args: argparse.Namespace) -> None:
     if (args.data is None) == (args.cutouts is None) or (args.cutouts is None) != (args.backgrounds is None):
         raise InputError("give either --data, or --cutouts and --backgrounds")
     if args.cutouts and args.steps is None:
-        raise InputError("--steps is needed with --cutouts: there is no end to groups made by cut and paste")
+        raise InputError("--steps is needed with --cutouts: the number of groups made by cut and paste is unlimited")
     if args.init == "paper" and args.backbone is None:
         raise InputError("the paper's start needs a pretrained --backbone (or --init he, and a larger --lr)")
     if (

@@ -264,7 +264,7 @@ MAPS = ("data", "--models", "data/gt")
         (
             lambda d: (d / "x.onnx").write_text("x"),
             ("data", "--models", "data/x.onnx", "--output", "data/x.onnx"),
-            "data/x.onnx: is one of the models",
+            "data/x.onnx: is an input of this run; choose another name",
         ),
         (lambda d: None, ("data", "--models", "data/gt", "--output", "data"), "data: can't be written: it is a folder"),
     ],
