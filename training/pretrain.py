@@ -1,9 +1,9 @@
 """`icnet data pretrain`: a VGG16 of any width that knows the classes of the cut-outs, to start training from.
 
 The paper starts from a VGG16 trained on ImageNet, which exists at width 1 only. This backbone replaces it at other
-widths. The thirteen convolutions learn to tell the training classes apart, on small pictures of one object each, with batch
-normalisation, without which thirteen layers hardly train, and a linear classifier. Afterwards the normalisation is
-folded into the weights, the classifier is dropped, and the rest is written like `vgg16_feat.pth`, for
+widths. The thirteen convolutions learn to tell the training classes apart, on small pictures of one object each, with
+batch normalisation, without which thirteen layers hardly train, and a linear classifier. Afterwards the normalisation
+is folded into the weights, the classifier is dropped, and the rest is written like `vgg16_feat.pth`, for
 `icnet train --backbone`.
 """
 
