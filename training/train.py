@@ -46,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="checkpoint, written every --save-every steps")
     parser.add_argument("--weights", type=Path, help="write the weights alone as well, in FP16, when training is done")
     parser.add_argument("--resume", action="store_true", help="go on from --output, if it is there")
-    parser.add_argument("--backbone", type=Path, help="vgg16_feat.pth, torchvision's VGG16, or of `icnet pretrain`")
+    parser.add_argument(
+        "--backbone", type=Path, help="vgg16_feat.pth, torchvision's VGG16, or from `icnet data pretrain`"
+    )
     parser.add_argument("--width", type=float, default=1.0, help="of the network, a multiple of 1/32 (default 1)")
     parser.add_argument(
         "--init",
