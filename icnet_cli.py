@@ -104,7 +104,7 @@ def _load(module: str, extra: str) -> ModuleType:
     Raises:
         DependencyError: a package is not installed or can't be loaded, or one of ours is hidden by another.
     """
-    from runtime.errors import DependencyError, install_hint
+    from runtime.errors import DependencyError, how_to_install
 
     try:
         return importlib.import_module(module)
@@ -112,7 +112,7 @@ def _load(module: str, extra: str) -> ModuleType:
         if problem := shadowed(*PACKAGES):
             raise DependencyError(problem) from error
         if isinstance(error, ModuleNotFoundError):
-            raise DependencyError(f"{error.name} is not installed: {install_hint(extra)}") from error
+            raise DependencyError(f"{error.name} is not installed: {how_to_install(extra)}") from error
         if isinstance(error, ImportError | OSError):
             raise DependencyError(f"an installed package can't be loaded: {error}") from error
         raise

@@ -18,11 +18,11 @@ Last come whole groups, from JPEG files to PNG maps: see `end_to_end.py`.
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # run as a script: the same as `icnet bench latency`
+if __name__ == "__main__":  # run as a script: the same as `icnet bench`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from icnet_cli import main
 
-    sys.exit(main(["bench", "latency", *sys.argv[1:]]))
+    sys.exit(main(["bench", *sys.argv[1:]]))
 
 import argparse
 import logging
@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sizes", type=int, nargs="+", help="group sizes (default 1 2 5 10 20; on a GPU 1 5 16 64)")
     add("--rounds", type=int, help="timed calls per runner and size (default 7; on a GPU 30)")
     add("--seconds", type=float, help="per size; once they have passed and there are 3 rounds, no further one begins")
-    add("-t", "--threads", type=int, default=cores(), help="CPU threads (default: all)")
+    add("--threads", type=int, default=cores(), help="CPU threads (default: all)")
     add(
         "--memory",
         type=int,
@@ -114,7 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="sizes whose way from JPEG files to PNG maps is measured (default: all; 0: none)",
     )
-    add("-o", "--output", type=Path, help="write the results as JSON (on a GPU: benchmarks/results/gpu_NAME.json)")
+    add("--output", type=Path, help="write the results as JSON (default for a GPU: benchmarks/results/gpu_NAME.json)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     differing = [args.readme] * (new != text) + stale
     if args.check:
         for path in differing:
-            print(f"{path}: differs from the results; run icnet bench report")
+            print(f"{path}: differs from the results; run icnet report")
         return 1 if differing else 0
     for path in stale:
         source = path.with_suffix(".json")

@@ -73,10 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", type=Path, help="without MODEL: what to export (default: random weights of width 1)")
     add("--size", type=int, default=5, metavar="N", help="images in the group (default 5)")
     add("--rounds", type=int, default=7, help="timed calls (default 7)")
-    add("-t", "--threads", type=int, default=cores(), help="CPU threads (default: all)")
+    add("--threads", type=int, default=cores(), help="CPU threads (default: all)")
     add("--card", choices=CARDS, help="only the bound, for this card")
     add("--precision", choices=["fp32", "fp16"], help="with --card: of its products (default: as the file says)")
-    add("-o", "--output", type=Path, help="write the results as JSON")
+    add("--output", type=Path, help="write the results as JSON")
     add("--plot", type=Path, metavar="PNG", help="draw the roofline with every node")
 
 

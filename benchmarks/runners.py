@@ -26,7 +26,7 @@ from benchmarks.machine import peak_memory
 from benchmarks.timing import seconds
 from runtime import DependencyError, ICNetError, ModelError, Predictor
 from runtime.backends.onnx import CPU
-from runtime.errors import install_hint, one_line
+from runtime.errors import one_line
 from runtime.files import bank_files, digest
 
 CHECKPOINT = "icnet.pth"  # the files in a comparison's folder
@@ -180,7 +180,7 @@ def _openvino(setting: Setting, name: str) -> Iterator[Run]:
     try:
         import openvino
     except ImportError as error:
-        raise DependencyError(f"openvino is not installed: {install_hint('bench')}") from error
+        raise DependencyError("openvino is not installed: pip install 'icnet-deploy[bench]'") from error
     core = openvino.Core()
     # By itself it computes in BF16 where the CPU can, which is another precision.
     options = {

@@ -67,9 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--packs", type=int, nargs="+", default=PACKS, help="groups in one call (default 1 2 4 8; 0: none)")
     add("--pack-size", type=int, default=5, metavar="N", help="images in each of these groups (default 5)")
     add("--groups", type=int, default=0, help="also run so many groups of mixed sizes, and watch the memory")
-    add("-t", "--threads", type=int, default=cores(), help="CPU threads (default: all)")
+    add("--threads", type=int, default=cores(), help="CPU threads (default: all)")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where ONNX files run (default cpu)")
-    add("-o", "--output", type=Path, help="write the results as JSON")
+    add("--output", type=Path, help="write the results as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -66,10 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--groups", type=int, default=60, help="in each of the two streams (default 60)")
     add("--callers", type=int, default=4, help="threads that call the Predictor (default 4)")
     add("--load", type=float, default=0.7, help="arrivals as a share of the capacity (default 0.7)")
-    add("-t", "--threads", type=int, default=cores(), help="CPU threads of one call (default: all)")
+    add("--threads", type=int, default=cores(), help="CPU threads of one call (default: all)")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where an ONNX file runs, and what is idle or not")
     add("--seed", type=int, default=0)
-    add("-o", "--output", type=Path, help="write the results as JSON")
+    add("--output", type=Path, help="write the results as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

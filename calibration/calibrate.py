@@ -31,7 +31,7 @@ from evaluation.dataset import find_dataset
 from evaluation.metrics import Metrics
 from runtime import __version__
 from runtime.commands.predict import BUILTIN, sism_folder
-from runtime.errors import DependencyError, InputError, OutputError, install_hint
+from runtime.errors import DependencyError, InputError, OutputError, how_to_install
 from runtime.files import digest, replacing, same_file, write_json
 from runtime.predictor import MAX_THREADS
 
@@ -242,4 +242,4 @@ def _check(args: argparse.Namespace) -> None:
         try:
             import matplotlib  # noqa: F401
         except ImportError as error:
-            raise DependencyError(f"--plot needs matplotlib: {install_hint('calibrate')}") from error
+            raise DependencyError(f"--plot needs matplotlib: {how_to_install('calibrate')}") from error

@@ -24,7 +24,7 @@ from evaluation.dataset import BUILTIN, Dataset, Maps, evaluate, find_dataset
 from evaluation.metrics import BETA2, TITLES, Metrics
 from evaluation.record import SISMS, labels, recording, versions
 from runtime import DependencyError, InputError, Predictor
-from runtime.errors import install_hint
+from runtime.errors import how_to_install
 from runtime.files import bank_files, digest, same_file
 from training.groups import add_group_arguments, add_material_arguments
 
@@ -293,4 +293,4 @@ def _check_paths(args: argparse.Namespace) -> None:
         try:
             import matplotlib  # noqa: F401
         except ImportError as error:
-            raise DependencyError(f"--plot needs matplotlib: {install_hint('evaluate')}") from error
+            raise DependencyError(f"--plot needs matplotlib: {how_to_install('evaluate')}") from error

@@ -20,7 +20,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from runtime.contract import TensorSpec
-from runtime.errors import DependencyError, ModelError, install_hint, one_line
+from runtime.errors import DependencyError, ModelError, one_line
 
 DTYPES = {"FLOAT": "float32", "HALF": "float16"}  # TensorRT's names, where they are not NumPy's in capitals
 PRECISIONS = {"FLOAT": "FP32", "HALF": "FP16"}
@@ -40,7 +40,8 @@ def load_tensorrt() -> Any:
         except OSError as error:  # a shared library of it
             raise DependencyError(f"{name} is installed but can't be loaded: {one_line(error)}") from error
     raise DependencyError(
-        f"TensorRT is not installed: {install_hint('tensorrt')} (or [tensorrt-rtx], for GeForce and RTX GPUs)"
+        "TensorRT is not installed: pip install 'icnet-deploy[tensorrt]', "
+        "or 'icnet-deploy[tensorrt-rtx]' for GeForce and RTX GPUs"
     )
 
 

@@ -35,7 +35,7 @@ from rich.progress import Progress
 from export.build_engine import load_onnx, onnx_tensors, read
 from runtime import __version__
 from runtime.contract import SIZE, Interface, check_contract
-from runtime.errors import DependencyError, ModelError, OutputError, install_hint, one_line
+from runtime.errors import DependencyError, ModelError, OutputError, one_line
 from runtime.files import replacing, same_file
 
 WORKER = Path(__file__).with_name("mnn_worker.py")
@@ -72,7 +72,7 @@ def build_mnn(onnx_path: Path, output: Path, progress: Progress | None = None) -
         DependencyError: MNN, onnx or onnxruntime is not installed.
     """
     if missing := [name for name in ("MNN", "onnx", "onnxruntime") if importlib.util.find_spec(name) is None]:
-        raise DependencyError(f"{', '.join(missing)}: not installed: {install_hint('cpu,mnn')}")
+        raise DependencyError(f"{', '.join(missing)}: not installed: pip install 'icnet-deploy[cpu,mnn]'")
     if same_file(output, onnx_path):
         raise OutputError(f"{output}: is the model itself; give the MNN file another name")
     data = read(onnx_path)

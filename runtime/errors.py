@@ -1,19 +1,9 @@
 """What this package raises. Every message is one line that names the file or tensor and says what to do."""
 
-from pathlib import Path
-
 
 def one_line(text: object) -> str:
     """Any text without line breaks, for a message."""
     return " ".join(str(text).split())
-
-
-def install_hint(extra: str) -> str:
-    """The command that installs an extra: of the clone that this package runs from, or of the distribution."""
-    root = Path(__file__).resolve().parents[1]
-    if (root / "pyproject.toml").is_file():
-        return f"pip install --editable '{root}[{extra}]'"
-    return f"pip install 'icnet-deploy[{extra}]'"
 
 
 class ICNetError(Exception):

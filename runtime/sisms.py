@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import DependencyError, InputError, install_hint
+from runtime.errors import DependencyError, InputError
 
 
 def builtin_sism(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -29,7 +29,7 @@ def builtin_sism(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         detector = cv2.saliency.StaticSaliencyFineGrained.create()
     except (ImportError, AttributeError) as error:
         raise DependencyError(
-            f"built-in SISMs need OpenCV's contrib modules: {install_hint('opencv')} "
+            "built-in SISMs need OpenCV's contrib modules: pip install 'icnet-deploy[opencv]' "
             "(uninstall other opencv-python packages first)"
         ) from error
     ok, saliency = detector.computeSaliency(np.ascontiguousarray(image[:, :, ::-1]))

@@ -10,7 +10,7 @@ import pytest
 import icnet
 import icnet_cli
 import runtime
-from runtime.errors import install_hint
+from runtime.errors import how_to_install
 
 ROOT = Path(__file__).parents[1]
 SHORT = {"--model": "-m", "--models": "-m", "--output": "-o", "--sisms": "-s", "--threads": "-t"}
@@ -124,13 +124,13 @@ def test_a_missing_package_is_named_with_its_extra(words, package, extra):
     done = python(f"sys.modules[{package!r}] = None; import icnet_cli; sys.exit(icnet_cli.main(sys.argv[1:]))", *words)
     assert done.returncode == 2
     prog = " ".join(["icnet", *(word for word in words[:2] if word.isalpha())])
-    assert done.stderr == f"{prog}: error: {package} is not installed: {install_hint(extra)}\n"
+    assert done.stderr == f"{prog}: error: {package} is not installed: {how_to_install(extra)}\n"
 
 
 def test_extras_are_installed_from_the_clone_if_there_is_one(monkeypatch, tmp_path):
-    assert install_hint("cpu,mnn") == f"pip install --editable '{ROOT}[cpu,mnn]'"
+    assert how_to_install("cpu,mnn") == f"pip install --editable '{ROOT}[cpu,mnn]'"
     monkeypatch.setattr("runtime.errors.__file__", str(tmp_path / "site-packages/runtime/errors.py"))
-    assert install_hint("cpu,mnn") == "pip install 'icnet-deploy[cpu,mnn]'"
+    assert how_to_install("cpu,mnn") == "pip install 'icnet-deploy[cpu,mnn]'"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from runtime.errors import DependencyError, InputError, install_hint
+from runtime.errors import DependencyError, InputError, how_to_install
 from runtime.files import replacing
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def find_material(args: argparse.Namespace) -> "CutPaste":
     try:
         from training.paste import CutPaste
     except ModuleNotFoundError as error:
-        raise DependencyError(f"{error.name} is not installed: {install_hint('train')}") from error
+        raise DependencyError(f"{error.name} is not installed: {how_to_install('train')}") from error
     return CutPaste(args.cutouts, args.backgrounds)
 
 

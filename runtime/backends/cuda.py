@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from runtime.errors import DependencyError, ModelError, install_hint
+from runtime.errors import DependencyError, ModelError
 
 
 class Cuda:
@@ -34,7 +34,7 @@ class Cuda:
         except ImportError as error:
             if "libcuda" in str(error):
                 raise DependencyError("no NVIDIA driver on this machine (libcuda.so.1): a GPU is needed") from error
-            raise DependencyError(f"pycuda is not installed: {install_hint('gpu')}") from error
+            raise DependencyError("pycuda is not installed: pip install 'icnet-deploy[gpu]'") from error
         try:
             self._driver.init()
             self._context = self._driver.Device(device).retain_primary_context()

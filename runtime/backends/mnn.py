@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from runtime.backends.onnx import Finished
 from runtime.contract import SIZE, WEIGHTS, TensorSpec, check_contract
-from runtime.errors import DependencyError, ICNetError, ModelError, install_hint, one_line
+from runtime.errors import DependencyError, ICNetError, ModelError, one_line
 from runtime.files import check_model_file
 from runtime.threads import cores
 
@@ -55,7 +55,7 @@ class MnnBackend:
             try:
                 import MNN
             except ImportError as error:
-                raise DependencyError(f"MNN is not installed: {install_hint('mnn')}") from error
+                raise DependencyError("MNN is not installed: pip install 'icnet-deploy[mnn]'") from error
             try:
                 self._interpreter = MNN.Interpreter(str(self.path))
             except Exception as error:  # MNN raises Exception itself, and prints the reason

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from runtime.backends.cuda import PageLocked
 from runtime.contract import WEIGHTS, Interface, TensorSpec, check_contract
-from runtime.errors import DependencyError, ICNetError, ModelError, install_hint, one_line
+from runtime.errors import DependencyError, ICNetError, ModelError, one_line
 from runtime.files import check_model_file
 
 CPU = "CPUExecutionProvider"
@@ -63,7 +63,7 @@ class OnnxBackend:
             import onnxruntime as ort
         except ImportError as error:
             raise DependencyError(
-                f"onnxruntime is not installed: {install_hint('cpu')} (or onnxruntime-gpu; not both)"
+                "onnxruntime is not installed: pip install 'icnet-deploy[cpu]' (or onnxruntime-gpu; not both)"
             ) from error
         self.path = path
         check_model_file(path)

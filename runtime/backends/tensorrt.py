@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from runtime.backends.cuda import Capture, Cuda
 from runtime.contract import ENGINE_NAME, Interface, TensorSpec, check_contract
-from runtime.errors import DependencyError, ICNetError, ModelError, install_hint
+from runtime.errors import DependencyError, ICNetError, ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -358,7 +358,7 @@ def _deserialise(path: Path, content: bytes) -> tuple[Any, Any]:
         if engine is not None:
             return engine, trt
     if not heard:
-        raise DependencyError(f"TensorRT is not installed: {install_hint('tensorrt')} (or [tensorrt-rtx])")
+        raise DependencyError("TensorRT is not installed: pip install 'icnet-deploy[tensorrt]' (or [tensorrt-rtx])")
     raise ModelError(
         f"{path}: can't be loaded; an engine runs with the TensorRT version and on the kind of GPU that it was built "
         f"for: rebuild it here with icnet build --onnx MODEL.onnx --output {path} ({heard[0]})"

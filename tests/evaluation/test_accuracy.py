@@ -16,7 +16,7 @@ from evaluation.dataset import evaluate, find_dataset
 from evaluation.metrics import Scores
 from export.to_onnx import write_onnx
 from runtime import InputError, Predictor
-from runtime.errors import install_hint
+from runtime.errors import how_to_install
 from tests.helpers import random_network
 
 ROOT = Path(__file__).parents[2]
@@ -292,4 +292,4 @@ def test_without_matplotlib_only_the_plot_is_missing(dataset):
     assert "SISMs" in done.stdout
     done = subprocess.run([*command, "--plot", "x.png"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == f"icnet evaluate: error: --plot needs matplotlib: {install_hint('evaluate')}\n"
+    assert done.stderr == f"icnet evaluate: error: --plot needs matplotlib: {how_to_install('evaluate')}\n"
