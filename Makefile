@@ -21,11 +21,11 @@ lint: .venv/test  ## style, types, and the direction of imports
 	$(BIN)/lint-imports
 
 bench: .venv/bench  ## latency and memory, side by side
-	$(BIN)/icnet bench --output build/latency.json
+	$(BIN)/icnet bench latency --output build/latency.json
 
 gpu-check: .venv/gpu  ## on a machine with a GPU: the tests that need one, and the comparison (CHECKPOINT=FILE to give one)
 	$(BIN)/pytest -m gpu
-	$(BIN)/icnet bench --device cuda $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)')
+	$(BIN)/icnet bench latency --device cuda $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)')
 
 weights: .venv/test  ## train the demo checkpoint again and measure it (needs npm and apt-get; two hours)
 	$(MAKE) -C weights

@@ -1,43 +1,51 @@
-"""The command `icnet`: thin subcommands over the functions that the scripts use."""
+"""The command `icnet`: it imports the one module that a command needs, and runs it."""
 
 import argparse
 import importlib
+import importlib.util
 import io
+import os
 import sys
 import warnings
 from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
 
-from runtime.errors import DependencyError, ICNetError, how_to_install
+PACKAGES = ("runtime", "export", "training", "evaluation", "calibration", "benchmarks")
 
-# Each module has `add_arguments(parser)` and `run(args) -> exit code`. Only the one asked for is imported, so that
-# `icnet predict` needs no torch. The extra is what to install when a module's imports fail.
+# Module: has `add_arguments(parser)` and `run(args) -> exit code`. Extra: what to install if its imports fail. Text.
 COMMANDS = {
     "predict": ("runtime.commands.predict", "cpu", "co-saliency maps and contact sheets for folders of images"),
     "bank": ("runtime.commands.bank", "cpu", "a bank of a group's images, to compare others with"),
     "export": ("export.to_onnx", "cpu,export", "a checkpoint to ONNX, proved to compute what the paper's network does"),
-    "calibrate": ("calibration.calibrate", "cpu,calibrate", "an exported model to INT8, within a max_drop of accuracy"),
     "build": ("export.build_engine", "tensorrt", "an exported model to a TensorRT engine, or to a file for MNN"),
-    "evaluate": ("evaluation.accuracy", "cpu,evaluate", "scores of models and ready maps on data sets"),
-    "robustness": ("evaluation.corrupted_sisms", "cpu,train", "scores against the share of SISMs that are wrong"),
-    "bank-curve": ("evaluation.bank_sizes", "cpu,train", "scores of images against banks of growing size"),
-    "cutouts": ("training.cutouts", "train", "cut-outs sorted by class, from open emoji sets"),
-    "paste": ("training.paste", "train", "groups with ground truths, made by cut and paste"),
-    "pretrain": ("training.pretrain", "cpu,export,train", "a VGG16 of any width that knows the classes of cut-outs"),
+    "calibrate": ("calibration.calibrate", "cpu,calibrate", "an exported model to INT8, within a max_drop of accuracy"),
+    "evaluate": (
+        "evaluation.accuracy",
+        "cpu,evaluate",
+        "scores of models and maps; by wrong SISMs, by bank size",
+    ),
     "train": ("training.train", "cpu,export,train", "the paper's training, on a data set or on cut-and-paste groups"),
-    "bench": ("benchmarks.latency", "cpu,export", "latency and memory on this machine, beside the alternatives"),
-    "throughput": ("benchmarks.throughput", "cpu", "groups per second from many threads, queue time and idle share"),
-    "scaling": (
-        "benchmarks.scaling",
-        "cpu",
-        "time and memory against the group's size, in chunks, and against packed groups",
-    ),
-    "roofline": ("benchmarks.roofline", "cpu,export", "operations, bytes, the machine's bound, the costliest nodes"),
-    "report": (
-        "benchmarks.report",
-        "cpu,export,bench",
-        "README's tables and plots from the results, or whether they differ",
-    ),
+    "bench latency": ("benchmarks.latency", "cpu,export", "latency and memory, beside the alternatives"),
+    "bench throughput": ("benchmarks.throughput", "cpu", "groups per second from many threads, queue time, idle share"),
+    "bench scaling": ("benchmarks.scaling", "cpu", "time and memory by group size, in chunks, and packed"),
+    "bench roofline": ("benchmarks.roofline", "cpu,export", "operations, bytes, the machine's bound, costliest nodes"),
+    "bench report": ("benchmarks.report", "cpu,export,bench", "tables and plots of the documents from the results"),
+    "data cutouts": ("training.cutouts", "train", "cut-outs sorted by class, from open emoji sets"),
+    "data paste": ("training.groups", "train", "groups with ground truths, made by cut and paste"),
+    "data pretrain": ("training.pretrain", "cpu,export,train", "a VGG16 of any width that knows the cut-outs' classes"),
 }
+FAMILIES = {"bench": "speed and memory on this machine", "data": "groups made by cut and paste, and what they need"}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors take one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(2, f"{self.prog}: error: {message} ('{self.prog} --help' lists the options)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,40 +54,93 @@ def main(argv: Sequence[str] | None = None) -> int:
     0, or what the command returned; 2 for bad options or an error of ours, which is printed as one line; 130 if
     interrupted.
     """
-    parser = argparse.ArgumentParser(
-        prog="icnet",
-        description="ICNet co-saliency, from checkpoint to production.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="commands:\n" + "\n".join(f"  {name:10} {text}" for name, (*_, text) in COMMANDS.items()),
-    )
-    parser.add_argument("command", choices=COMMANDS, help="see below; 'icnet COMMAND --help' for its options")
-    parser.add_argument("options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-
-    module_name, extra, text = COMMANDS[args.command]
-    prog = f"icnet {args.command}"
+    words = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is no reason to fail
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if problem := shadowed("runtime"):
+        return _failed("icnet", problem)
+    from runtime import ICNetError, __version__
+
+    name = next((name for name in (" ".join(words[:2]), *words[:1]) if name in COMMANDS), None)
+    if name is None:
+        if words == ["--version"]:
+            print(f"icnet-deploy {__version__}")
+            return 0
+        return _without_command(words)
+    prog = f"icnet {name}"
+    module_name, extra, text = COMMANDS[name]
     try:
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            raise DependencyError(f"{error.name} is not installed: {how_to_install(extra)}") from error
-        except (ImportError, OSError) as error:
-            raise DependencyError(f"an installed package can't be loaded: {error}") from error
-        parser = argparse.ArgumentParser(prog=prog, description=text[0].upper() + text[1:] + ".")
+        module = _load(module_name, extra)
+        parser = Parser(prog=prog, description=text[0].upper() + text[1:] + ".")
         module.add_arguments(parser)
-        options = parser.parse_args(args.options)
+        options = parser.parse_args(words[len(name.split()) :])
         warnings.filterwarnings("ignore", module="PIL")  # what matters of it is an error of ours
         return int(module.run(options))
     except (ICNetError, OSError, MemoryError) as error:  # the system's errors carry what they are about
-        reason = str(error) or "out of memory"
-        print(f"{prog}: error: {' '.join(reason.splitlines())}", file=sys.stderr)
-        return 2
+        return _failed(prog, str(error) or "out of memory")
     except KeyboardInterrupt:
         print(f"\n{prog}: stopped", file=sys.stderr)
         return 130
+
+
+def shadowed(*packages: str) -> str | None:
+    """One line on the first of these packages that Python finds elsewhere than beside this file; None if there is none.
+
+    Names like `runtime` are common: a module or folder in the working directory, or another distribution, can have one.
+    """
+    root = Path(__file__).parent
+    for name in packages:
+        spec = importlib.util.find_spec(name)
+        found = [*(spec.submodule_search_locations or [spec.origin or ""])] if spec else []
+        if found and not any(os.path.realpath(path) == os.path.realpath(root / name) for path in found):
+            return f"{found[0]} hides the package {name!r} of icnet-deploy in {root}; rename it, or start elsewhere"
+    return None
+
+
+def _load(module: str, extra: str) -> ModuleType:
+    """Import a command's module.
+
+    Raises:
+        DependencyError: a package is not installed or can't be loaded, or one of ours is hidden by another.
+    """
+    from runtime.errors import DependencyError, how_to_install
+
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        if problem := shadowed(*PACKAGES):
+            raise DependencyError(problem) from error
+        if isinstance(error, ModuleNotFoundError):
+            raise DependencyError(f"{error.name} is not installed: {how_to_install(extra)}") from error
+        if isinstance(error, ImportError | OSError):
+            raise DependencyError(f"an installed package can't be loaded: {error}") from error
+        raise
+
+
+def _without_command(words: list[str]) -> int:
+    """Print the commands there are, or which one might have been meant."""
+    family = words[0] if words and words[0] in FAMILIES else ""
+    prog = f"icnet {family}".rstrip()
+    rest = words[bool(family) :]
+    names = {name.split()[-1]: name for name in COMMANDS if name.startswith(family)}
+    if rest and rest[0] not in ("-h", "--help"):
+        near = get_close_matches(rest[0], [*names, *([] if family else FAMILIES)], 1)
+        meant = f"did you mean 'icnet {names.get(near[0], near[0])}'?" if near else f"'{prog} --help' lists them all"
+        return _failed(prog, f"no command {rest[0]!r}; {meant}")
+    commands = {name: text for name, (*_, text) in COMMANDS.items() if name in names.values()}
+    print(f"usage: {prog} COMMAND ...   ('{prog} COMMAND --help' lists its options)\n")
+    print(f"{FAMILIES[family]}:" if family else "ICNet co-saliency, from checkpoint to production.\n\ncommands:")
+    for name, text in commands.items():
+        print(f"  {name:17} {text}")
+    if not family:
+        print("\n  --version         print the version")
+    return 0
+
+
+def _failed(prog: str, reason: str) -> int:
+    print(f"{prog}: error: {' '.join(reason.splitlines())}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

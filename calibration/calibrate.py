@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--onnx", type=Path, required=True, help="an export with uint8 inputs, FP32 or FP16")
     add("--groups", type=Path, required=True, help="a folder of images (one group), or a data set with img/GROUP/")
-    add("--sisms", metavar="DIR", help=f"as for icnet predict (default GROUPS/sism), or '{BUILTIN}'")
-    add("--output", type=Path, required=True, help="the .onnx file to write")
+    add("-s", "--sisms", metavar="DIR", help=f"as for icnet predict (default GROUPS/sism), or '{BUILTIN}'")
+    add("-o", "--output", type=Path, required=True, help="the .onnx file to write")
     add("--method", choices=METHODS, default=DEFAULT_METHOD, help=f"where to cut ranges off (default {DEFAULT_METHOD})")
     add("--percentile", type=float, default=PERCENTILE, help=f"of --method percentile (default {PERCENTILE})")
     add("--rest", choices=("fp32", "fp16"), help="precision of the other layers, which must be the model's")
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--plot", type=Path, metavar="PNG", help="of --max-drop: draw accuracy against the share of int8 operations")
     add("--cache", type=Path, metavar="JSON", help="ranges, reused if model, groups and method are the same")
     add("--skip-bad", action="store_true", help="leave out groups with files that can't be read")
-    add("--threads", type=int, help="CPU threads (default: one per core)")
+    add("-t", "--threads", type=int, help="CPU threads (default: one per core)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,176 +1,235 @@
-"""python evaluation/accuracy.py: how good are the maps of models, or ready maps, on data sets with ground truths?
+"""`icnet evaluate`: how good are the maps of models, or ready maps, on data sets with ground truths?
 
 MAE, max F-measure, S-measure and max E-measure (see metrics.py), with the SISMs as the baseline. Maps are scored with 8
-bits, at the size of their image, as `icnet predict` writes them.
+bits, at the size of their image, as `icnet predict` writes them. With --corrupt-sisms or --bank-sizes, groups made by
+cut and paste take the place of data sets.
 """
-
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":  # run as a script: the same as `icnet evaluate`
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from icnet_cli import main
-
-    sys.exit(main(["evaluate", *sys.argv[1:]]))
 
 import argparse
 import datetime
-from contextlib import ExitStack
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
+from PIL import Image
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
-from evaluation.dataset import BUILTIN, Dataset, evaluate, find_dataset
-from evaluation.metrics import BETA2, Metrics
-from evaluation.record import SISMS, labels, versions
-from runtime import DependencyError, InputError, OutputError, Predictor
+from evaluation import bank_sizes, corrupted_sisms
+from evaluation.dataset import BUILTIN, Dataset, Maps, evaluate, find_dataset
+from evaluation.metrics import BETA2, TITLES, Metrics
+from evaluation.record import SISMS, labels, recording, versions
+from runtime import DependencyError, InputError, Predictor
 from runtime.errors import how_to_install
-from runtime.files import digest, replacing, same_file, write_json
+from runtime.files import bank_files, digest, same_file
+from training.groups import add_group_arguments, add_material_arguments
 
-PACKAGES = ("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")  # scores hang on them
-COLUMNS = {"S ↑": "s", "max F ↑": "max_f", "max E ↑": "max_e", "MAE ↓": "mae"}
+PACKAGES = ("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")  # scores depend on them
 PLOTS = {".png", ".pdf", ".svg"}
+PICTURES = {".jpg", ".jpeg", ".png"}
+USAGE = """icnet evaluate DATA [DATA ...] [--models MODEL [MODEL ...]] [options]
+       icnet evaluate --corrupt-sisms [SHARE ...] --cutouts DIR --backgrounds DIR --models MODEL [MODEL ...] [options]
+       icnet evaluate --bank-sizes [N ...] --cutouts DIR --backgrounds DIR --models NAME.onnx [options]"""
 
-Results = dict[str, Any]
+
+@dataclass(frozen=True)
+class MapScores:
+    """The scores of the SISMs, of a model (with the SHA-256 of its file), or of a folder of maps; see `Metrics`."""
+
+    name: str
+    path: str
+    sha256: str | None
+    mae: float
+    max_f: float
+    s: float
+    max_e: float
+    precision: list[float]
+    recall: list[float]
+
+
+@dataclass(frozen=True)
+class DatasetScores:
+    """What was scored on one data set."""
+
+    name: str
+    path: str
+    groups: int
+    images: int
+    empty_ground_truths: int
+    maps: list[MapScores]
+
+    def table(self) -> Table:
+        """The scores, for a terminal."""
+        empty = self.empty_ground_truths
+        grid = Table(
+            title=f"{escape(self.name)}: {self.groups} groups, {self.images} images",
+            caption=f"ground truths without foreground, which count for MAE only: {empty}" if empty else None,
+        )
+        grid.add_column("maps", overflow="fold")
+        for title in TITLES.values():
+            grid.add_column(title, justify="right", no_wrap=True)
+        for row in self.maps:
+            grid.add_row(escape(row.name), *(f"{getattr(row, key):.4f}" for key in TITLES))
+        return grid
+
+
+@dataclass(frozen=True)
+class Results:
+    """The scores on data sets."""
+
+    beta2: float
+    datasets: list[DatasetScores]
+
+    def draw(self, path: Path) -> None:
+        """Precision over recall: a panel per data set, a line per model, the SISMs dashed."""
+        from matplotlib.figure import Figure
+
+        count = len(self.datasets)
+        figure = Figure(figsize=(5 * count, 4.5), layout="constrained")
+        for axes, dataset in zip(np.atleast_1d(figure.subplots(1, count)), self.datasets, strict=True):
+            for row in dataset.maps:
+                style = {"linestyle": "--", "color": "grey"} if row.name == SISMS else {}
+                axes.plot(row.recall, row.precision, **style)
+            axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+            legend = axes.legend(axes.lines, ["-"] * len(axes.lines), loc="lower left")
+            texts = [axes.set_title("-"), *legend.get_texts()]
+            for text, name in zip(texts, [dataset.name, *(row.name for row in dataset.maps)], strict=True):
+                text.set(text=name, parse_math=False)  # a name may hold a $, or start with the _ that hides a line
+        figure.savefig(path, dpi=150)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `icnet evaluate`."""
-    parser.add_argument(
-        "data", type=Path, nargs="+", metavar="DATA", help="a data set with img/GROUP/, gt/GROUP/ and sism/GROUP/"
-    )
-    parser.add_argument(
+    parser.usage = USAGE
+    add = parser.add_argument
+    add("data", type=Path, nargs="*", metavar="DATA", help="a data set with img/GROUP/, gt/GROUP/ and sism/GROUP/")
+    add(
+        "-m",
         "--models",
         type=Path,
         nargs="+",
         default=[],
         metavar="MODEL",
-        help="exported models, engines, or folders of ready maps GROUP/NAME.png (several data sets: DATA/GROUP/...)",
+        help="exported models and engines; on data sets also folders of ready maps GROUP/NAME.png (several data sets: "
+        "DATA/GROUP/...)",
     )
-    parser.add_argument(
+    add(
+        "-s",
         "--sisms",
         metavar="DIR",
-        help="folder with GROUP/NAME.png (several data sets: DATA/GROUP/NAME.png); default: sism in each data set; "
-        f"or '{BUILTIN}': OpenCV's static saliency, a weak stand-in",
+        help="of data sets: folder with GROUP/NAME.png (several data sets: DATA/GROUP/NAME.png); default: sism in each "
+        f"data set; or '{BUILTIN}': OpenCV's static saliency, a weak stand-in",
     )
-    parser.add_argument("--output", type=Path, help="write the results, with the precision-recall curves, as JSON")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the precision-recall curves")
-    parser.add_argument("--threads", type=int, help="CPU threads of a model (default: one per core)")
+    add("-t", "--threads", type=int, metavar="N", help="CPU threads of a model (default: one per core)")
+    add("-o", "--output", type=Path, metavar="JSON", help="write the results, with all curves")
+    add("--plot", type=Path, metavar="PNG", help="draw the curves: precision over recall, or max F and MAE")
+    modes = parser.add_argument_group(
+        "groups made by cut and paste, in place of DATA", "needs --cutouts, --backgrounds and --models"
+    )
+    mode = modes.add_mutually_exclusive_group()
+    shares, sizes = (" ".join(map(str, values)) for values in (corrupted_sisms.SHARES, bank_sizes.SIZES))
+    mode.add_argument(
+        "--corrupt-sisms",
+        type=float,
+        nargs="*",
+        metavar="SHARE",
+        help=f"score with these shares of the SISMs plainly wrong (default {shares})",
+    )
+    mode.add_argument(
+        "--bank-sizes",
+        type=int,
+        nargs="*",
+        metavar="N",
+        help="score new images against banks of so many images; NAME.onnx stands for NAME.intra.onnx and "
+        f"NAME.banked.onnx (default {sizes})",
+    )
+    add_material_arguments(modes.add_argument, required=False)
+    add_group_arguments(modes.add_argument)
+    banks = parser.add_argument_group("with --bank-sizes, where --images is not used")
+    banks.add_argument("--new", type=int, default=10, metavar="N", help="new images per group (default 10)")
+    banks.add_argument("--picture", type=Path, metavar="JPG", help="show the largest bank at work on one group")
+    banks.add_argument("--show", metavar="CLASS", help="the class in the picture (default: that of the first group)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Score every model on every data set, print a table of each, and write the results.
+    """Score every model on every data set, or on groups made by cut and paste; print tables, and write the results.
 
     Raises:
         ICNetError: something is missing, can't be read or does not match; no image is ever left out of a mean.
         OutputError: the results can't be written.
     """
+    _check_options(args)
     _check_paths(args)
+    datasets = _find_datasets(args)
+    record: dict[str, Any] = {"date": datetime.date.today().isoformat(), "versions": versions(PACKAGES)}
+    results: Results | corrupted_sisms.Results | bank_sizes.Results
+    picture: Image.Image
+    others: dict[Path, Callable[[Path], object]] = {}
+    if args.plot:
+        others[args.plot] = lambda path: results.draw(path)
+    if args.picture:
+        others[args.picture] = lambda path: picture.save(path, quality=90)
+    with recording(record, args.output, inputs=_models(args), others=others) as progress:
+        if args.corrupt_sisms is not None:
+            results = corrupted_sisms.measure(args, progress)
+        elif args.bank_sizes is not None:
+            results, picture = bank_sizes.measure(args, progress)
+        else:
+            results = measure(datasets, args, progress)
+        record |= asdict(results)
+    return 0
+
+
+def measure(datasets: list[Dataset], args: argparse.Namespace, progress: Progress) -> Results:
+    """Score the SISMs and every model on every data set, and print a table of each."""
+    for dataset in datasets:
+        for _ in progress.track(dataset.check(), len(dataset.groups), description=f"reading {escape(dataset.name)}"):
+            pass
+    results = Results(BETA2, [])
+    for dataset in datasets:
+        results.datasets.append(_measure_one(dataset, args, progress))
+        progress.console.print(results.datasets[-1].table())
+    return results
+
+
+def _measure_one(dataset: Dataset, args: argparse.Namespace, progress: Progress) -> DatasetScores:
+    rows: list[MapScores] = []
+    empty = 0
+
+    def score(label: str, source: str, maps: Iterable[Maps], sha256: str | None = None) -> None:
+        nonlocal empty
+        text = f"{escape(dataset.name)}, {escape(label)}"
+        found = evaluate(dataset, progress.track(maps, len(dataset.groups), description=text))
+        empty = found.empty
+        rows.append(_row(label, source, sha256, found))
+
+    if dataset.sisms is not None:
+        score(SISMS, str(dataset.sisms), dataset.read(sisms for _, sisms in dataset.inputs()))
+    for label, model in zip(labels(args.models), args.models, strict=True):
+        if model.is_dir():
+            score(label, str(model), dataset.read(dataset.maps_in(_folder_of(dataset.path, model, args))))
+        else:
+            with Predictor(model, threads=args.threads) as predictor:
+                score(label, str(model), predictor.predict_groups(dataset.inputs()), digest(model))
+    return DatasetScores(dataset.name, str(dataset.path), len(dataset.groups), dataset.images, empty, rows)
+
+
+def _row(label: str, source: str, sha256: str | None, found: Metrics) -> MapScores:
+    curves = found.precision.tolist(), found.recall.tolist()
+    return MapScores(label, source, sha256, found.mae, found.max_f, found.s, found.max_e, *curves)
+
+
+def _find_datasets(args: argparse.Namespace) -> list[Dataset]:
     datasets = [find_dataset(path, _sisms(path, args)) for path in args.data]
     for dataset in datasets:
         for model in args.models:
             if model.is_dir():  # name a missing map now rather than when its turn comes
                 dataset.maps_in(_folder_of(dataset.path, model, args))
-    console = Console()
-    with ExitStack() as outputs:
-        output, plot = (outputs.enter_context(replacing(p)) if p else None for p in (args.output, args.plot))
-        results: Results = {
-            "date": datetime.date.today().isoformat(),
-            "versions": versions(PACKAGES),
-            "beta2": BETA2,
-            "datasets": [],
-        }
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            for dataset in datasets:
-                for _ in progress.track(dataset.check(), len(dataset.groups), description=f"reading {_text(dataset)}"):
-                    pass
-            for dataset in datasets:
-                results["datasets"].append(measure(dataset, args, progress))
-                console.print(table(results["datasets"][-1]))
-        if output:
-            write_json(output, results)
-        if plot:
-            draw(results, plot)
-    return 0
-
-
-def measure(dataset: Dataset, args: argparse.Namespace, progress: Progress) -> Results:
-    """The scores of the SISMs and of every model on one data set."""
-
-    def score(label: str, maps: Any) -> Metrics:
-        text = f"{_text(dataset)}, {escape(label)}"
-        return evaluate(dataset, progress.track(maps, len(dataset.groups), description=text))
-
-    rows = []
-    if dataset.sisms is not None:
-        sisms = dataset.read(sisms for _, sisms in dataset.inputs())
-        rows.append(_row(SISMS, str(dataset.sisms), None, score(SISMS, sisms)))
-    for label, model in zip(labels(args.models), args.models, strict=True):
-        if model.is_dir():
-            maps = dataset.read(dataset.maps_in(_folder_of(dataset.path, model, args)))
-            rows.append(_row(label, str(model), None, score(label, maps)))
-        else:
-            with Predictor(model, threads=args.threads) as predictor:
-                sha256 = digest(model)
-                found = score(label, predictor.predict_groups(dataset.inputs()))
-                rows.append(_row(label, str(model), sha256, found))
-    return {
-        "name": dataset.name,
-        "path": str(dataset.path),
-        "groups": len(dataset.groups),
-        "images": dataset.images,
-        "empty_ground_truths": rows[0]["empty"],
-        "maps": [{key: value for key, value in row.items() if key not in ("images", "empty")} for row in rows],
-    }
-
-
-def table(dataset: Results) -> Table:
-    """The results of one data set, for a terminal."""
-    empty = dataset["empty_ground_truths"]
-    grid = Table(
-        title=f"{escape(dataset['name'])}: {dataset['groups']} groups, {dataset['images']} images",
-        caption=f"ground truths without foreground, which count for MAE only: {empty}" if empty else None,
-    )
-    grid.add_column("maps", overflow="fold")
-    for column in COLUMNS:
-        grid.add_column(column, justify="right", no_wrap=True)
-    for row in dataset["maps"]:
-        grid.add_row(escape(row["name"]), *(f"{row[key]:.4f}" for key in COLUMNS.values()))
-    return grid
-
-
-def draw(results: Results, path: Path) -> None:
-    """Precision over recall: a panel per data set, a line per model, the SISMs dashed."""
-    from matplotlib.figure import Figure
-
-    datasets = results["datasets"]
-    figure = Figure(figsize=(5 * len(datasets), 4.5), layout="constrained")
-    for axes, dataset in zip(np.atleast_1d(figure.subplots(1, len(datasets))), datasets, strict=True):
-        for row in dataset["maps"]:
-            style = {"linestyle": "--", "color": "grey"} if row["name"] == SISMS else {}
-            axes.plot(row["recall"], row["precision"], **style)
-        axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-        legend = axes.legend(axes.lines, ["-"] * len(axes.lines), loc="lower left")
-        texts = [axes.set_title("-"), *legend.get_texts()]
-        for text, name in zip(texts, [dataset["name"], *(row["name"] for row in dataset["maps"])], strict=True):
-            text.set(text=name, parse_math=False)  # a name may hold a $, or start with the _ that hides a line
-    figure.savefig(path, dpi=150)
-
-
-def _row(label: str, source: str, sha256: str | None, metrics: Metrics) -> Results:
-    curves = {"precision": metrics.precision.tolist(), "recall": metrics.recall.tolist()}
-    return {"name": label, "path": source, "sha256": sha256, **asdict(metrics), **curves}
-
-
-def _text(dataset: Dataset) -> str:
-    return escape(dataset.name)
+    return datasets
 
 
 def _sisms(path: Path, args: argparse.Namespace) -> Path | str | None:
@@ -192,23 +251,45 @@ def _folder_of(path: Path, folder: Path, args: argparse.Namespace) -> Path:
     return part if len(args.data) > 1 or part.is_dir() else folder
 
 
+def _check_options(args: argparse.Namespace) -> None:
+    made = args.corrupt_sisms is not None or args.bank_sizes is not None
+    if made == bool(args.data):
+        raise InputError("give either DATA, or --corrupt-sisms or --bank-sizes with --cutouts and --backgrounds")
+    if made and not (args.cutouts and args.backgrounds and args.models):
+        raise InputError("--corrupt-sisms and --bank-sizes need --cutouts, --backgrounds and --models")
+    if made and args.sisms:
+        raise InputError("--sisms is of data sets; groups made by cut and paste have their own")
+    if not made and (args.cutouts or args.backgrounds):
+        raise InputError("--cutouts and --backgrounds go with --corrupt-sisms or --bank-sizes, not with DATA")
+    if args.bank_sizes is None and (args.picture or args.show):
+        raise InputError("--picture and --show go with --bank-sizes")
+    if args.bank_sizes is not None and len(args.models) > 1:
+        raise InputError("--bank-sizes takes one model: a bank export")
+
+
+def _models(args: argparse.Namespace) -> list[Path]:
+    """The files and folders that --models stands for."""
+    return args.models if args.bank_sizes is None else [*bank_files(args.models[0])]
+
+
 def _check_paths(args: argparse.Namespace) -> None:
-    for what, paths in (("model", args.models), ("data set", args.data)):
+    model = "model file or folder of maps" if args.data else "model file"
+    for what, paths in ((model, _models(args)), ("data set", args.data)):
         for path in paths:
             if not path.exists():
-                kind = "data set" if what == "data set" else "model file or folder of maps"
-                raise InputError(f"{path}: no such {kind}")
+                raise InputError(f"{path}: no such {what}")
         for one, other in combinations(paths, 2):
             if same_file(one, other):
-                raise InputError(f"{other}: the same {what} twice; name each once")
-    for path in filter(None, (args.output, args.plot)):
-        if any(same_file(path, model) for model in args.models):
-            raise OutputError(f"{path}: is one of the models; choose another name for the results")
+                raise InputError(f"{other}: the same {what.split(' file')[0]} twice; name each once")
+    outputs = {"--output": args.output, "--plot": args.plot, "--picture": args.picture}
+    named = {option: path for option, path in outputs.items() if path}
+    for option, suffixes in {"--plot": PLOTS, "--picture": PICTURES}.items():
+        if option in named and named[option].suffix.lower() not in suffixes:
+            raise InputError(f"{named[option]}: {option} writes {', '.join(sorted(suffixes))}")
+    for (one, first), (other, second) in combinations(named.items(), 2):
+        if same_file(first, second):
+            raise InputError(f"{second}: {one} and {other} are the same file")
     if args.plot:
-        if args.plot.suffix.lower() not in PLOTS:
-            raise InputError(f"{args.plot}: --plot writes {', '.join(sorted(PLOTS))}")
-        if args.output and same_file(args.output, args.plot):
-            raise InputError(f"{args.plot}: --output and --plot are the same file")
         try:
             import matplotlib  # noqa: F401
         except ImportError as error:

@@ -1,4 +1,4 @@
-"""A data set with ground truths, and maps for it, group by group, from wherever they come.
+"""A data set with ground truths, and the scores of maps for it, group by group.
 
 DATA/img/GROUP/NAME.jpg, DATA/gt/GROUP/NAME.png, DATA/sism/GROUP/NAME.png
 """
@@ -126,7 +126,7 @@ def evaluate(dataset: Dataset, maps: Iterable[Maps]) -> Metrics:
         maps: for each of its groups, in order, one map per image (see `Scores.add`).
 
     Raises:
-        ICNetError: what kept a group from being scored; the message names it. No group is ever left out.
+        ICNetError: a group can't be scored; the message names it. No group is ever left out.
     """
     scores, source = Scores(), iter(maps)
     for group, ground_truths in zip(dataset.groups, dataset.ground_truths, strict=True):

@@ -8,7 +8,7 @@ are, so a perfect map scores a trifle more than 1.
 
 Only where PySODMetrics has no sound answer does this differ: an image whose ground truth has no foreground counts for
 MAE alone (its F-measure would be 0 for every map), and is counted; the S-measure is also defined where the
-foreground's centre lies in the last row or column, and does not hang on the rounding of a mean.
+foreground's centre lies in the last row or column, and does not depend on the rounding of a mean.
 """
 
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from runtime.errors import InputError
 BETA2 = 0.3  # weight of precision in the F-measure
 FOREGROUND = 128  # of 255; a ground truth's pixel above it is foreground
 LEVELS = 256
+TITLES = {"s": "S ↑", "max_f": "max F ↑", "max_e": "max E ↑", "mae": "MAE ↓"}  # the scores, as tables head them
 
 Counts = NDArray[np.int64]
 Curve = NDArray[np.float64]
@@ -46,6 +47,10 @@ class Metrics:
     max_e: float
     precision: Curve
     recall: Curve
+
+    def numbers(self) -> dict[str, float]:
+        """The four scores by their names in `TITLES`."""
+        return {name: getattr(self, name) for name in TITLES}
 
 
 class Scores:
@@ -103,7 +108,7 @@ class Scores:
         """The scores of what was added so far.
 
         Raises:
-            InputError: nothing was, or no ground truth has foreground.
+            InputError: nothing was added, or no ground truth has foreground.
         """
         counted = self._images - self._empty
         if counted == 0:
@@ -123,7 +128,7 @@ class Scores:
 def _stretched(low: int, high: int) -> Curve:
     """The value of each level when `low` … `high` becomes 0 … 1.
 
-    In PySODMetrics' order of roundings, on which it hangs which side of a threshold a level falls.
+    In PySODMetrics' order of roundings, which decides on which side of a threshold a level falls.
     """
     levels = np.arange(LEVELS) / 255
     values: Curve = (levels - levels[low]) / (levels[high] - levels[low])
@@ -182,7 +187,7 @@ def _likeness(counts: Counts, values: Curve) -> float:
 def _similarity(histogram: Counts, low: int, span: int) -> float:
     """Structural similarity of map and ground truth in one region.
 
-    In Python's integers, so that a variance of 0 is exactly that: on it hangs a score of 1 or 0.
+    In Python's integers, so that a variance of 0 is exactly 0: it decides between a score of 1 and 0.
     """
     levels = np.arange(LEVELS) - low
     both = histogram.sum(axis=0)

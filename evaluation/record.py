@@ -1,11 +1,17 @@
-"""What the records of measurements have in common: the versions that they hang on, and what models are called."""
+"""What the records of measurements have in common: versions, the names of models, and how a record is written."""
 
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
+from typing import Any, cast
 
-from runtime import __version__
+from rich.console import Console
+from rich.progress import Progress
+
+from runtime import OutputError, __version__
+from runtime.files import replacing, same_file, write_json
 
 SISMS = "SISMs"  # the baseline's name in the results
 
@@ -26,3 +32,52 @@ def labels(models: Sequence[Path]) -> list[str]:
     names = [model.name or str(model) for model in models]
     unique = len({*names, SISMS}) == len(names) + 1
     return names if unique else [str(model) for model in models]
+
+
+@contextmanager
+def recording(
+    results: Mapping[str, Any],
+    output: Path | None,
+    *,
+    inputs: Iterable[Path | None] = (),
+    others: Mapping[Path, Callable[[Path], object]] | None = None,
+    keep: Callable[[], object] | None = None,
+    console: Console | None = None,
+) -> Iterator[Progress]:
+    """Claim output files before a measurement begins, and write them once it is done.
+
+    Args:
+        results: what the block fills in; its "interrupted" is set if Ctrl-C ends the block and there is `keep`.
+        output: where they are written to as JSON; None for nowhere.
+        inputs: files that are read, which no output may replace.
+        others: more files, such as plots, each with the function that writes it to the (temporary) path it is given.
+        keep: whether there is something to keep after Ctrl-C; without it, or if not, nothing is written.
+        console: where progress is shown, if it is a terminal.
+
+    Yields:
+        The progress bars, to add tasks to.
+
+    Raises:
+        OutputError: an output is one of the inputs, or can't be written.
+        KeyboardInterrupt: there was nothing to keep.
+    """
+    writers = dict(others or {})
+    if output:
+        writers[output] = lambda path: write_json(path, results)
+    for path in writers:
+        if any(same_file(path, other) for other in inputs if other):
+            raise OutputError(f"{path}: is an input of this run; choose another name for the results")
+    console = console or Console()
+    with ExitStack() as stack:
+        temporary = {path: stack.enter_context(replacing(path)) for path in writers}
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            try:
+                yield progress
+            except KeyboardInterrupt:
+                if not keep or not keep():
+                    raise
+                cast("dict[str, Any]", results)["interrupted"] = True
+        for path, write in writers.items():
+            write(temporary[path])
+    for path in writers:
+        print(f"{path}: written")

@@ -26,13 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `icnet build`."""
     add = parser.add_argument
     add("--onnx", type=Path, required=True, help="an exported model")
-    add("--output", type=Path, required=True, help="the engine to write; OUTPUT.json describes it")
-    add(
-        "--backend",
-        choices=("tensorrt", "mnn"),
-        default="tensorrt",
-        help="mnn: for CPUs; it has no more options",
-    )
+    add("-o", "--output", type=Path, required=True, help="the engine to write; OUTPUT.json describes it")
+    add("--backend", choices=("tensorrt", "mnn"), default="tensorrt", help="mnn: for CPUs; it has no more options")
     add("--min", type=int, help="smallest group (default 1)")
     add("--opt", type=int, help="group size to tune for (default 5)")
     add("--max", type=int, help="largest group")

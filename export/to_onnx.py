@@ -102,7 +102,11 @@ def weights_digest(network: torch.nn.Module) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `icnet export`."""
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="ICNet_vgg16.pth, a checkpoint of this project, or EGNet.pth"
+        "-c",
+        "--checkpoint",
+        type=Path,
+        required=True,
+        help="ICNet_vgg16.pth, a checkpoint of this project, or EGNet.pth",
     )
     parser.add_argument(
         "--network",
@@ -110,7 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="icnet",
         help="egnet: the single-image detector that makes SISMs (VGG16), for images of any size (default icnet)",
     )
-    parser.add_argument("--output", type=Path, required=True, help="the .onnx file to write")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the .onnx file to write")
     parser.add_argument(
         "--io",
         choices=("uint8", "float32"),

@@ -11,12 +11,12 @@ def one_line(text: object) -> str:
 def how_to_install(extras: str) -> str:
     """The command that installs this package with some of its extras, e.g. "cpu,export".
 
-    A clone is installed by its path, since it need not be the release that an index has under the package's name.
+    A clone is installed by its path, and stays a clone: it need not be the release that an index has.
     """
     root = Path(__file__).resolve().parents[1]
     if not (root / "pyproject.toml").is_file():
         return f"pip install 'icnet-deploy[{extras}]'"
-    return f"pip install '{'.' if root == Path.cwd().resolve() else root}[{extras}]'"
+    return f"pip install --editable '{'.' if root == Path.cwd().resolve() else root}[{extras}]'"
 
 
 class ICNetError(Exception):

@@ -38,6 +38,12 @@ def random_network(width: float = WIDTH, seed: int = 0) -> ICNet:
     return network.eval()
 
 
+def group(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [n, 224, 224, 3] and SISMs uint8 [n, 224, 224] of noise."""
+    rng = np.random.default_rng((n, seed))
+    return rng.integers(0, 256, (n, 224, 224, 3), np.uint8), rng.integers(0, 256, (n, 224, 224), np.uint8)
+
+
 def damage(model: onnx.ModelProto) -> None:
     """Put a NaN into an export's first bias."""
     first = next(i for i in model.graph.initializer if i.name.endswith("vgg.0.bias"))

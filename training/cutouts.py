@@ -1,21 +1,12 @@
-"""python training/cutouts.py: cut-outs with exact masks, sorted by class, from open emoji sets.
+"""`icnet data cutouts`: cut-outs with exact masks, sorted by class, from open emoji sets.
 
-Emoji sets draw the same things, each in its own hand: a class is an emoji, its members are the sets' drawings of it.
+Emoji sets draw the same things in different styles: a class is an emoji, its members are the sets' drawings of it.
 The sets are read as their npm packages `@iconify-json/NAME` ship them (`npm pack @iconify-json/noto` and so on): one
 archive per set with all drawings as SVG, their names shared across the sets, and the set's licence.
 
-Classes are split in two, for training and for testing, so that classes which share a word ("cat", "black-cat") come
-on the same side: what is tested was never seen.
+Classes are split into training and test classes. Classes that share a word ("cat", "black-cat") come on the same side,
+so a network is tested on classes that it has never seen.
 """
-
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":  # run as a script: the same as `icnet cutouts`
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from icnet_cli import main
-
-    sys.exit(main(["cutouts", *sys.argv[1:]]))
 
 import argparse
 import hashlib
@@ -25,6 +16,7 @@ import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import resvg_py
@@ -36,12 +28,12 @@ from runtime.errors import InputError
 from runtime.files import replacing
 
 SIDE = 128  # longer side of a cut-out, pixels
-FEWEST = 4  # drawings that make a class
+MIN_SETS = 4  # drawings that make a class
 TEST_SHARE = 0.25  # of the classes
-# Flags, signs, smileys and people are left out: all alike but for details.
+# Flags, signs, smileys and people are left out: they differ in details only.
 CATEGORIES = ("Activities", "Animals & Nature", "Food & Drink", "Objects", "Travel & Places")
 PASSED_OVER = ("oclock", "thirty", "moon", "globe")  # dozens of nearly the same clock, moon and earth
-# Words that say nothing of what a thing is: classes that share only these are strangers.
+# Words that don't name a kind of thing: classes that share only these are unrelated.
 COMMON = """
 and at baby behind big black blue bowl box brown button closed cut done ear electric face facing fast fish flying
 front fuel game glass good green half heart high hot house in japanese left light low lowered mark mobile mountain
@@ -65,24 +57,24 @@ class EmojiSet:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `icnet cutouts`."""
+    """The options of `icnet data cutouts`."""
     parser.add_argument(
-        "packages", type=Path, nargs="+", help="archives that `npm pack @iconify-json/NAME` wrote, several sets"
+        "packages", type=Path, nargs="+", help="archives of several sets, from `npm pack @iconify-json/NAME`"
     )
-    parser.add_argument("--output", type=Path, required=True, help="gets train/CLASS/SET.png and test/CLASS/SET.png")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for train/ and test/CLASS/SET.png")
 
 
 def run(args: argparse.Namespace) -> int:
     """Render the classes that enough sets draw.
 
     Raises:
-        InputError: an archive that is none, or too few sets for a class.
+        InputError: a file is not an emoji set's archive, or there are too few sets for a class.
         OutputError: a picture can't be written.
     """
     sets = [read_set(path) for path in args.packages]
     classes = shared_classes(sets)
     if not classes:
-        raise InputError(f"no class is drawn by {FEWEST} of these {len(sets)} sets; give more sets")
+        raise InputError(f"no class is drawn by {MIN_SETS} of these {len(sets)} sets; give more sets")
     test = held_out(classes)
     console = Console(stderr=True)
     for name in track(
@@ -140,18 +132,18 @@ def _json(archive: tarfile.TarFile, name: str) -> dict[str, Any]:
 
 
 def shared_classes(sets: list[EmojiSet]) -> list[str]:
-    """Names of the things that at least `FEWEST` sets draw, sorted."""
+    """Names of the things that at least `MIN_SETS` sets draw, sorted."""
     drawn = Counter(name for emoji_set in sets for name in emoji_set.drawings)
     category = {name: where for emoji_set in sets for name, where in emoji_set.categories.items()}
     return sorted(
         name
         for name, count in drawn.items()
-        if count >= FEWEST and category.get(name) in CATEGORIES and not any(word in name for word in PASSED_OVER)
+        if count >= MIN_SETS and category.get(name) in CATEGORIES and not any(word in name for word in PASSED_OVER)
     )
 
 
 def related(first: str, second: str) -> bool:
-    """Whether two classes share a word that says what they are: "cat" and "black-cat"."""
+    """Whether two classes share a word that names a kind of thing: "cat" and "black-cat"."""
     return bool((_words(first) & _words(second)) - COMMON_WORDS) or first == second
 
 
@@ -165,7 +157,7 @@ def held_out(classes: list[str]) -> set[str]:
 
 
 def families(classes: list[str]) -> Iterator[list[str]]:
-    """Classes that share words, directly or by way of others, together."""
+    """The classes in sets that share words, directly or through other classes."""
     left = set(classes)
     by_word: dict[str, set[str]] = defaultdict(set)
     for name in classes:

@@ -1,43 +1,30 @@
-"""python training/paste.py: groups made by cut and paste, objects of one class on backgrounds, among other objects.
+"""Groups made by cut and paste, objects of one class on backgrounds, among other objects.
 
 The idea of "group cut-paste" is that of "Free Lunch for Co-Saliency Detection: Context Adjustment" (Li et al., 2021).
 Every image holds one or two objects of the group's class and up to three *distractors* of other classes. The ground
 truth is the common class only; the SISM marks everything, blurred and with holes, misses and false alarms, and in a
 share of the images it is plainly wrong, as the authors of ICNet describe it (§4.4). A class that comes back in half of
-the images as a distractor (a *decoy*) makes sure that what is merely frequent is not the answer.
+the images as a distractor (a *decoy*) makes sure that an object is not common just because it is frequent.
 
 Everything follows from a seed: the same seed gives the same groups.
 """
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":  # run as a script: the same as `icnet paste`
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from icnet_cli import main
-
-    sys.exit(main(["paste", *sys.argv[1:]]))
-
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from runtime.contract import SIZE
 from runtime.errors import InputError
-from runtime.files import replacing
 from runtime.groups import image_files
 from runtime.preprocess import read_image
 from training.cutouts import related
 
-MIN_CUTOUTS = 2  # in a class: otherwise "common" would mean "the same picture"
-LEAST_VISIBLE = 0.35  # of a common object, where others cover it
+MIN_CUTOUTS = 2  # in a class; with one, all common objects would be the same picture
+MIN_VISIBLE = 0.35  # share of a common object that others leave uncovered
 BACKGROUND_SIDE = 480  # photographs are kept with this shorter side, pixels
 LOG_SIDES = (np.log(48), np.log(125))  # of objects' longer sides, pixels
 PROCEDURAL = 0.25  # share of backgrounds that are textures
@@ -60,57 +47,6 @@ class Group:
     images: Pixels
     masks: Pixels
     sisms: Pixels
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `icnet paste`."""
-    parser.add_argument("--cutouts", type=Path, required=True, help="folder with CLASS/NAME.png, RGBA")
-    parser.add_argument("--backgrounds", type=Path, required=True, help="photographs, in folders of any depth")
-    parser.add_argument("--output", type=Path, required=True, help="data set to write: img/, gt/ and sism/, by GROUP")
-    parser.add_argument("--groups", type=int, default=60, help="each of another class, if there are as many")
-    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="one group of each, instead of --groups")
-    parser.add_argument("--images", type=int, default=10, help="per group")
-    parser.add_argument("--distractors", type=int, nargs=2, default=(2, 3), metavar=("MIN", "MAX"), help="per image")
-    parser.add_argument(
-        "--corrupted", type=float, default=0.2, help="share of SISMs that are plainly wrong (default 0.2)"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Write a data set in the paper's layout.
-
-    Raises:
-        InputError: options out of range, or cut-outs or backgrounds that can't be used.
-        OutputError: it can't be written.
-    """
-    low, high = args.distractors
-    if min(args.groups, args.images) < 1 or not 0 <= args.corrupted <= 1 or not 0 <= low <= high or args.seed < 0:
-        raise InputError(
-            "--groups and --images take numbers from 1, --corrupted from 0 to 1, --distractors FEWEST ≤ MOST"
-        )
-    if args.output.exists():
-        raise InputError(f"{args.output}: is there already; choose another --output")
-    maker = CutPaste(args.cutouts, args.backgrounds)
-    if unknown := set(args.classes or ()) - set(maker.names):
-        raise InputError(f"{args.cutouts}: no class {', '.join(sorted(unknown))} in it")
-    count = len(args.classes) if args.classes else args.groups
-    options = (args.images, (low, high), args.corrupted)
-    console = Console(stderr=True)
-    for i in track(
-        range(count), description="pasting", console=console, transient=True, disable=not console.is_terminal
-    ):
-        group = maker.nth(args.seed, i, *options, name=args.classes and args.classes[i])
-        turn = 0 if args.classes else i // len(maker.names)
-        label = f"{group.name}-{turn + 1}" if turn else group.name
-        for k in range(args.images):
-            for folder, pixels, suffix in (
-                ("img", group.images[k], ".jpg"), ("gt", group.masks[k], ".png"), ("sism", group.sisms[k], ".png"),
-            ):  # fmt: skip
-                with replacing(args.output / folder / label / f"{k + 1:03}{suffix}") as temporary:
-                    Image.fromarray(pixels).save(temporary, quality=92)
-    print(f"{count} groups of {args.images} in {args.output}")
-    return 0
 
 
 class CutPaste:
@@ -158,7 +94,7 @@ class CutPaste:
             seed: any whole numbers; the group depends on them only.
             n: images in it.
             name: the common class; None for any.
-            distractors: fewest and most in an image.
+            distractors: their smallest and largest number in an image.
             corrupted: share of SISMs that are plainly wrong; None for a random share up to 0.4.
         """
         rng = np.random.default_rng(seed)
@@ -170,7 +106,7 @@ class CutPaste:
         wrong = set(np.random.default_rng([*seed, 1]).permutation(n)[: round(share * n)].tolist())
         images, masks, sisms = np.empty((n, SIZE, SIZE, 3), np.uint8), *np.empty((2, n, SIZE, SIZE), np.uint8)
         for i in range(n):
-            # Its own stream per image and purpose: a corrupted SISM changes nothing else.
+            # A stream of its own per image and purpose: a corrupted SISM changes nothing else.
             scene = np.random.default_rng([*seed, 2, i])
             count = int(scene.integers(distractors[0], distractors[1] + 1))
             strangers = [others[scene.integers(len(others))] for _ in range(count)]
@@ -202,7 +138,7 @@ class CutPaste:
                 canvas = canvas * (1 - alpha[..., None]) + colour * alpha[..., None]
                 areas.append(float(alpha.sum()))
             shares = [float(v.sum()) / max(area, 1) for v, area in zip(visible, areas, strict=True)]
-            if all(share >= LEAST_VISIBLE for share, k in zip(shares, order, strict=True) if common[k]):
+            if all(share >= MIN_VISIBLE for share, k in zip(shares, order, strict=True) if common[k]):
                 union = np.sum([v for v, k in zip(visible, order, strict=True) if common[k]], axis=0)
                 return _photographed(rng, canvas), union, visible
 
@@ -244,17 +180,17 @@ class CutPaste:
 def place(
     rng: np.random.Generator, cutout: Pixels, side: float, size: int = SIZE, spread: float = 0.5
 ) -> tuple[Plane, Plane]:
-    """Put a cut-out somewhere: colour [size, size, 3] in [0, 255] and alpha [size, size] in [0, 1].
+    """Put a cut-out at a random place: colour [size, size, 3] in [0, 255] and alpha [size, size] in [0, 1].
 
-    Its rotation, mirroring, colour and light are random, and so is its place.
+    Its rotation, mirroring, colour and light are random too.
 
     Args:
-        rng: where chance comes from.
+        rng: the source of all random numbers.
         cutout: RGBA, uint8 [H, W, 4].
         side: its longer side in the image, pixels.
         size: side of the image, pixels.
-        spread: how far from the image's centre its own may be, as a share of `size`; at 0.5 as far as keeps most of
-            it inside.
+        spread: largest distance of its centre from the image's, as a share of `size`, limited so that most of it
+            stays inside.
     """
     height, width = cutout.shape[:2]
     factor = side / max(height, width)
@@ -269,7 +205,7 @@ def place(
     matrix[:, 2] += centre - np.array(box) / 2
     alpha = small[..., 3:].astype(np.float32) / 255
     colour = _recoloured(rng, small[..., :3])
-    # Premultiplied: what is transparent has no colour to bleed in.
+    # Premultiplied, so that the colour of transparent pixels does not bleed in.
     moved = cv2.warpAffine(np.concatenate([colour * alpha, alpha], 2), matrix, (size, size), flags=cv2.INTER_LINEAR)
     alpha = moved[..., 3]
     return moved[..., :3] / np.maximum(alpha, 1e-3)[..., None], alpha
@@ -343,7 +279,7 @@ def _blurred(rng: np.random.Generator, plane: Plane) -> Pixels:
 def _recoloured(rng: np.random.Generator, rgb: Pixels) -> Plane:
     """A change of hue, saturation and light, and a gradient of light across the object."""
     hsv = cv2.cvtColor(rgb, cv2.COLOR_RGB2HSV).astype(np.float32)
-    spread = 8 if rng.random() < 0.8 else 60  # most things keep their colour, some don't
+    spread = 8 if rng.random() < 0.8 else 60  # most objects keep their colour
     hsv[..., 0] = (hsv[..., 0] + rng.normal(0, spread)) % 180
     hsv[..., 1] = np.clip(hsv[..., 1] * rng.uniform(0.5, 1.3), 0, 255)
     colour = cv2.cvtColor(np.round(hsv).astype(np.uint8), cv2.COLOR_HSV2RGB).astype(np.float32)

@@ -1,22 +1,14 @@
-"""python training/pretrain.py: a VGG16 of any width that knows the classes of the cut-outs, to start training from.
+"""`icnet data pretrain`: a VGG16 of any width that knows the classes of the cut-outs, to start training from.
 
-The paper starts from a VGG16 that was trained on ImageNet, which exists at width 1 only. This is what stands in for it
-at other widths: the thirteen convolutions learn to tell the training classes apart, on small pictures of one object
-each. For that they get batch normalisation, without which thirteen layers hardly train, and a linear classifier.
-Afterwards the normalisation is folded into the weights, the classifier is dropped, and what is left is written like
-`vgg16_feat.pth`, for `icnet train --backbone`.
+The paper starts from a VGG16 trained on ImageNet, which exists at width 1 only. This backbone replaces it at other
+widths. The thirteen convolutions learn to tell the training classes apart, on small pictures of one object each, with
+batch normalisation, without which thirteen layers hardly train, and a linear classifier. Afterwards the normalisation
+is folded into the weights, the classifier is dropped, and the rest is written like `vgg16_feat.pth`, for
+`icnet train --backbone`.
 """
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":  # run as a script: the same as `icnet pretrain`
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from icnet_cli import main
-
-    sys.exit(main(["pretrain", *sys.argv[1:]]))
-
 import argparse
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from export.fp16 import fold_batch_norms
 from export.icnet import MEAN, STD, VGG16
+from runtime.errors import InputError
 from runtime.files import replacing
+from training.groups import add_material_arguments
 from training.paste import CutPaste
 from training.progress import Steps, half_cosine
 
@@ -33,10 +27,9 @@ SIDE = 64  # of a training picture, pixels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `icnet pretrain`."""
-    parser.add_argument("--cutouts", type=Path, required=True, help="CLASS/NAME.png, from `icnet cutouts`")
-    parser.add_argument("--backgrounds", type=Path, required=True, help="photographs, in folders of any depth")
-    parser.add_argument("--output", type=Path, required=True, help="the backbone's weights")
+    """The options of `icnet data pretrain`."""
+    add_material_arguments(parser.add_argument)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the backbone's weights")
     parser.add_argument("--width", type=float, default=0.25, help="multiple of 1/32; 1 is VGG16")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=96, help="pictures per step")
@@ -84,10 +77,20 @@ class Classifier(nn.Module):
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train and write the backbone."""
+    """Train and write the backbone.
+
+    Raises:
+        InputError: an option is out of range, or the cut-outs or backgrounds can't be used.
+        OutputError: the backbone can't be written.
+    """
+    if min(args.steps, args.batch) < 1 or not args.lr > 0 or args.seed < 0:
+        raise InputError("--steps and --batch take numbers from 1, --lr above 0, --seed from 0")
     torch.manual_seed(args.seed)
     maker = CutPaste(args.cutouts, args.backgrounds)
-    model = Classifier(args.width, len(maker.names))
+    try:
+        model = Classifier(args.width, len(maker.names))
+    except ValueError as error:
+        raise InputError(f"--width: {error}") from error
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=1e-2)
     loader = DataLoader(Pictures(maker, args.seed, args.steps, args.batch), batch_size=None, num_workers=1)

@@ -1,4 +1,4 @@
-"""python training/train.py: train ICNet, on a data set or on groups made by cut and paste.
+"""Train ICNet, on a data set or on groups made by cut and paste.
 
 The defaults are the paper's (§4.1): batches of 10 images of one group, random horizontal flips, soft IoU loss over
 four maps (eq. 3), Adam with learning rate 1e-5 and weight decay 1e-4, 60 epochs, a pretrained VGG16, everything else
@@ -7,20 +7,13 @@ from N(0, 0.01).
 Every step's batch follows from the seed and the step alone, so an interrupted run goes on as if it had not been.
 """
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":  # run as a script: the same as `icnet train`
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from icnet_cli import main
-
-    sys.exit(main(["train", *sys.argv[1:]]))
-
 import argparse
 import math
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +33,7 @@ INITIAL_STD = 0.01  # of all weights but the backbone's (§4.1)
 
 
 class TrainingError(ICNetError):
-    """A training that can't go on."""
+    """Training can't go on."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,25 +43,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--cutouts", type=Path, help="folder with CLASS/NAME.png, RGBA")
     data.add_argument("--backgrounds", type=Path, help="photographs, in folders of any depth")
     data.add_argument("--images", type=int, default=10, help="images of one group per step (default 10)")
-    parser.add_argument("--output", type=Path, required=True, help="checkpoint, written now and then and at the end")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="checkpoint, written every --save-every steps")
     parser.add_argument("--weights", type=Path, help="write the weights alone as well, in FP16, when training is done")
     parser.add_argument("--resume", action="store_true", help="go on from --output, if it is there")
-    parser.add_argument("--backbone", type=Path, help="vgg16_feat.pth, torchvision's VGG16, or of `icnet pretrain`")
+    parser.add_argument(
+        "--backbone", type=Path, help="vgg16_feat.pth, torchvision's VGG16, or from `icnet data pretrain`"
+    )
     parser.add_argument("--width", type=float, default=1.0, help="of the network, a multiple of 1/32 (default 1)")
     parser.add_argument(
         "--init",
         choices=("paper", "he"),
         default="paper",
-        help="start of all but the backbone: N(0, 0.01), or He's, which larger learning rates need",
+        help="initial weights of all but the backbone: N(0, 0.01), or He's, for larger learning rates",
     )
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=int, default=60, help="times that a data set is seen (default 60)")
+    length.add_argument("--epochs", type=int, default=60, help="passes over the data set (default 60)")
     length.add_argument("--steps", type=int, help="instead of epochs; needed with --cutouts")
     parser.add_argument("--lr", type=float, default=1e-5, help="learning rate (default 1e-5)")
-    parser.add_argument("--backbone-lr", type=float, help="learning rate of the backbone, if it has its own")
+    parser.add_argument("--backbone-lr", type=float, help="learning rate of the backbone (default: that of --lr)")
     parser.add_argument("--weight-decay", type=float, default=1e-4)
     parser.add_argument(
-        "--schedule", choices=("constant", "cosine"), default="constant", help="of the learning rate; cosine warms up"
+        "--schedule",
+        choices=("constant", "cosine"),
+        default="constant",
+        help="of the learning rate; cosine starts with a warm-up",
     )
     parser.add_argument(
         "--attention-loss",
@@ -83,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
-# What a resumed run must share with the run before, or it would be another training.
+# A run can be resumed only with the same values of these.
 SETTINGS = (
     "images", "width", "init", "epochs", "steps", "lr", "backbone_lr", "weight_decay", "schedule", "attention_loss",
     "clip", "amp", "seed",
@@ -94,9 +92,9 @@ def run(args: argparse.Namespace) -> int:
     """Train, and write the checkpoint and its loss curve.
 
     Raises:
-        InputError: options that don't go together, or data that can't be used; the message names the file.
+        InputError: options exclude each other, or the data can't be used; the message names the file.
         CheckpointError: the backbone, or the checkpoint to resume, does not fit.
-        TrainingError: the loss is not finite; the last checkpoint stays.
+        TrainingError: the loss is not finite; the last checkpoint is kept.
         OutputError: the checkpoint can't be written.
     """
     _check(args)
@@ -124,7 +122,7 @@ def train(
     batches: DataSetBatches | PastedBatches,
     losses: list[float],
 ) -> None:
-    """Take the steps that are left; `losses` has one entry per step that was taken."""
+    """Take the remaining steps; `losses` has one entry per step already taken."""
     steps = len(batches)
     interface = Uint8Interface(network).to(args.device)
     attention = AttentionLoss(network) if args.attention_loss else None
@@ -154,9 +152,9 @@ def train(
 class AttentionLoss:
     """Soft IoU loss of the co-salient attention (foreground) at every level, with SIVs by the SISMs and by the truth.
 
-    Not the paper's: from a weak backbone a network learns to clean up each SISM, and to attend to objects of any kind,
-    before it learns to compare, and stays there. The true SIVs hold nothing but the common object, so attention by them
-    is right only if features tell it from the distractors.
+    This loss is not the paper's. With a weak backbone a network learns to clean up each SISM, and to attend to objects
+    of any kind, but not to compare. SIVs by the ground truth describe the common object alone, so attention by them is
+    right only if the features tell it from the distractors.
     """
 
     def __init__(self, network: ICNet) -> None:
@@ -231,7 +229,7 @@ def _check(args: argparse.Namespace) -> None:
     if (args.data is None) == (args.cutouts is None) or (args.cutouts is None) != (args.backgrounds is None):
         raise InputError("give either --data, or --cutouts and --backgrounds")
     if args.cutouts and args.steps is None:
-        raise InputError("--steps is needed with --cutouts: there is no end to groups made by cut and paste")
+        raise InputError("--steps is needed with --cutouts: the number of groups made by cut and paste is unlimited")
     if args.init == "paper" and args.backbone is None:
         raise InputError("the paper's start needs a pretrained --backbone (or --init he, and a larger --lr)")
     if (

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `icnet bank`."""
     parser.add_argument("path", type=Path, help="a folder with the images of one group")
     add_model_arguments(parser)
-    parser.add_argument("--output", type=Path, required=True, help="the .npz file to write, a row per image by name")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the .npz file to write: a row per image")
 
 
 def run(args: argparse.Namespace) -> int:

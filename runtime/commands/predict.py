@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model_arguments(parser)
     parser.add_argument(
-        "--output", type=Path, required=True, help="folder for GROUP/NAME.png maps and GROUP/contact_sheet.jpg"
+        "-o", "--output", type=Path, required=True, help="folder for GROUP/NAME.png maps and GROUP/contact_sheet.jpg"
     )
     parser.add_argument(
         "--resume", action="store_true", help="keep the groups that are finished there and would come out the same"
@@ -46,18 +46,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that `icnet bank` has too."""
     parser.add_argument(
+        "-m",
         "--model",
         type=Path,
         required=True,
         help="an exported model, e.g. icnet.onnx; icnet.intra.onnx and icnet.banked.onnx beside it are its bank export",
     )
     parser.add_argument(
+        "-s",
         "--sisms",
         metavar="DIR",
         help="folder with a SISM NAME.png per image (a data set: GROUP/NAME.png; default PATH/sism); "
         f"or '{BUILTIN}': OpenCV's static saliency, a weak stand-in",
     )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
+    parser.add_argument("-t", "--threads", type=int, help="CPU threads (default: one per core)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -58,7 +58,9 @@ def test_icnet_bench_compares_every_runner_on_the_same_inputs(icnet, checkpoint,
     path = tmp_path / "results" / "latency.json"
     arguments = ("--checkpoint", checkpoint, "--sizes", 1, 3, "--rounds", 3, "--memory", 3, "--files", 1, 3)
     arguments += ("--output", path)
-    code, out, _ = icnet("bench", model_file, *arguments, "--only", "PyTorch", "ONNX Runtime", "openvino", "icnet.onnx")
+    code, out, _ = icnet(
+        "bench", "latency", model_file, *arguments, "--only", "PyTorch", "ONNX Runtime", "openvino", "icnet.onnx"
+    )
     assert code == 0
     results = json.loads(path.read_text())
     expected = [label for label in (*UNCOMPILED, "icnet.onnx") if label not in results["not_run"]]
@@ -132,7 +134,7 @@ def test_model_files_compare_alone(icnet, prepared, tmp_path):
     """Without a checkpoint there is nothing that the built-in runners could run beside them."""
     files = prepared / "reference.onnx", prepared / "icnet.onnx"
     options = ("--sizes", 2, "--rounds", 2, "--memory", 0, "--files", 0, "--output", tmp_path / "x.json")
-    code, out, _ = icnet("bench", *files, *options)
+    code, out, _ = icnet("bench", "latency", *files, *options)
     assert code == 0
     assert "not judged: whether the maps agree" in out
     results = json.loads((tmp_path / "x.json").read_text())
@@ -157,7 +159,9 @@ def test_a_file_of_other_weights_disagrees_and_the_comparison_goes_on(icnet, che
     broken.write_text("nothing")
     files = other, unknown, tmp_path / "same.onnx", broken
     options = ("--checkpoint", checkpoint, "--only", "ours, ONNX", ".onnx", "--sizes", 1, "--rounds", 1)
-    code, out, _ = icnet("bench", *files, *options, "--memory", 0, "--files", 0, "--output", tmp_path / "x.json")
+    code, out, _ = icnet(
+        "bench", "latency", *files, *options, "--memory", 0, "--files", 0, "--output", tmp_path / "x.json"
+    )
     assert code == 0
     results = json.loads((tmp_path / "x.json").read_text())
     rows = results["groups"][0]["runners"]
@@ -183,7 +187,7 @@ def test_int8_and_packed_files_compare_and_are_judged_by_their_precision(
     files = [tmp_path / f"{name}.onnx" for name in ("packed", "int8", "clipped")]
     options = ("--only", "ours, ONNX", *(file.name for file in files), "--sizes", 1, "--rounds", 1, "--memory", 0)
     options += ("--files", 0, "--checkpoint", checkpoint, "--output", tmp_path / "x.json")
-    code, out, _ = icnet("bench", *files, *options)
+    code, out, _ = icnet("bench", "latency", *files, *options)
     assert code == 0
     results = json.loads((tmp_path / "x.json").read_text())
     assert results["bounds"]["fp32"] < results["bounds"]["int8"] < 0.1
@@ -282,7 +286,7 @@ def test_a_comparison_that_is_interrupted_keeps_what_it_has(icnet, checkpoint, e
     monkeypatch.setattr(latency, "RUNNERS", {"good": runner(grey), "other": runner(interrupting)})
     monkeypatch.setattr(latency, "warm_up", lambda call, fewest: [call() for _ in range(fewest)])
     options = ("--sizes", 1, 2, 5, "--rounds", 9, "--memory", 0, "--output", tmp_path / "x.json")
-    code, out, _ = icnet("bench", "--checkpoint", checkpoint, *options)
+    code, out, _ = icnet("bench", "latency", "--checkpoint", checkpoint, *options)
     assert code == 130
     assert "interrupted: this is what was measured until then" in out
     results = json.loads((tmp_path / "x.json").read_text())
@@ -308,16 +312,18 @@ def _resident():
 
 
 def test_options_below_1(icnet):
-    code, _, err = icnet("bench", "--sizes", 0)
+    code, _, err = icnet("bench", "latency", "--sizes", 0)
     assert code == 2
-    assert err == "icnet bench: error: --sizes, --rounds and --threads take numbers from 1 (--threads to 1024)\n"
+    assert (
+        err == "icnet bench latency: error: --sizes, --rounds and --threads take numbers from 1 (--threads to 1024)\n"
+    )
 
 
 def test_bad_options_are_one_line(icnet, tmp_path):
-    assert icnet("bench", tmp_path / "x.onnx")[2].endswith("x.onnx: no such model file\n")
-    assert "no runner's name holds any of these" in icnet("bench", "--only", "tensorflow")[2]
+    assert icnet("bench", "latency", tmp_path / "x.onnx")[2].endswith("x.onnx: no such model file\n")
+    assert "no runner's name holds any of these" in icnet("bench", "latency", "--only", "tensorflow")[2]
     (tmp_path / "x.onnx").write_text("")
-    assert "is one of the models" in icnet("bench", tmp_path / "x.onnx", "--output", tmp_path / "x.onnx")[2]
+    assert "is one of the models" in icnet("bench", "latency", tmp_path / "x.onnx", "--output", tmp_path / "x.onnx")[2]
 
 
 # The GPU's comparison. PyTorch stays on the CPU, TensorRT's engines run on a simulated GPU.
@@ -348,7 +354,7 @@ def test_the_comparison_on_a_gpu(icnet, checkpoint, card, built, exported, tmp_p
     monkeypatch.chdir(tmp_path)
     uncompiled = [label for label in GPU_RUNNERS if "compile" not in label]
     options = ("--sizes", 3, 1, "--rounds", 2, "--threads", 1, "--memory", 0, "--only", *uncompiled)
-    code, out, _ = icnet("bench", "--device", "cuda", "--checkpoint", checkpoint, *options)
+    code, out, _ = icnet("bench", "latency", "--device", "cuda", "--checkpoint", checkpoint, *options)
     assert code == 0
     path = Path("benchmarks/results/gpu_nvidia_geforce_rtx_4090.json")
     assert f"{path}: written" in out
@@ -390,9 +396,9 @@ def test_no_gpu_is_one_line(icnet, monkeypatch, tmp_path, built_for, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", built_for)
     monkeypatch.chdir(tmp_path)
-    code, out, err = icnet("bench", "--device", "cuda")
+    code, out, err = icnet("bench", "latency", "--device", "cuda")
     assert (code, out) == (2, "")
-    assert err.startswith("icnet bench: error: --device cuda: no GPU that PyTorch ")
+    assert err.startswith("icnet bench latency: error: --device cuda: no GPU that PyTorch ")
     assert message in err
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
@@ -459,10 +465,10 @@ def test_who_fails_on_the_way_is_listed_with_the_reason(card, comparison_of):
 
 def test_without_the_first_runner_there_is_no_comparison(icnet, comparison_of, tmp_path):
     comparison_of({"first": refusing(RuntimeError("no kernel\nfor sm_30")), "good": runner(grey)})
-    code, _, err = icnet("bench", "--device", "cuda", "--output", tmp_path / "x.json")
+    code, _, err = icnet("bench", "latency", "--device", "cuda", "--output", tmp_path / "x.json")
     assert code == 2
     reason = "RuntimeError: no kernel for sm_30"
-    assert err == f"icnet bench: error: first does not run, and all others are compared with it: {reason}\n"
+    assert err == f"icnet bench latency: error: first does not run, and all others are compared with it: {reason}\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -175,7 +175,7 @@ def small_works(monkeypatch):
 def test_icnet_roofline(icnet, model_file, small_works, tmp_path):
     output, plot = tmp_path / "x.json", tmp_path / "x.png"
     options = ("--size", 2, "--rounds", 2, "--threads", 1, "--output", output, "--plot", plot)
-    code, out, _ = icnet("roofline", model_file, *options)
+    code, out, _ = icnet("bench", "roofline", model_file, *options)
     assert code == 0
     results = json.loads(output.read_text())
     assert results["flop"] == total_flop(model_file, 2)
@@ -200,7 +200,7 @@ def test_a_roofline_that_is_interrupted_keeps_what_it_has(icnet, model_file, sma
     folder = tmp_path / "benchmarks" / "results"
     output, plot = folder / "roofline_x.json", tmp_path / "x.png"
     options = ("--size", 1, "--rounds", 2, "--threads", 1, "--output", output, "--plot", plot)
-    code, out, _ = icnet("roofline", model_file, *options)
+    code, out, _ = icnet("bench", "roofline", model_file, *options)
     assert code == 130
     assert "interrupted: this is what was measured until then" in out
     results = json.loads(output.read_text())
@@ -210,7 +210,7 @@ def test_a_roofline_that_is_interrupted_keeps_what_it_has(icnet, model_file, sma
     assert plot.read_bytes().startswith(b"\x89PNG")
     readme = tmp_path / "README.md"
     readme.write_text("<!-- results: roofline_x -->\n<!-- end of results -->\n")
-    assert icnet("report", "--readme", readme)[0] == 0
+    assert icnet("bench", "report", "--readme", readme)[0] == 0
     assert "Interrupted before its end." in readme.read_text()
 
 
@@ -219,13 +219,13 @@ def test_a_roofline_that_is_interrupted_before_the_first_round(icnet, model_file
         raise KeyboardInterrupt
 
     monkeypatch.setattr(roofline, "interleaved", interrupted)
-    code, _, _ = icnet("roofline", model_file, "--size", 1, "--threads", 1, "--output", tmp_path / "x.json")
+    code, _, _ = icnet("bench", "roofline", model_file, "--size", 1, "--threads", 1, "--output", tmp_path / "x.json")
     assert code == 130
     assert not any(tmp_path.iterdir())
 
 
 def test_the_bound_of_a_card(icnet, model_file, tmp_path):
-    code, out, _ = icnet("roofline", model_file, "--card", "h100-sxm", "--size", 7, "--output", tmp_path / "x.json")
+    code, out, _ = icnet("bench", "roofline", model_file, "--card", "h100-sxm", "--size", 7, "-o", tmp_path / "x.json")
     assert code == 0
     assert "h100-sxm, fp32: 67000 GFLOP/s" in out
     results = json.loads((tmp_path / "x.json").read_text())
@@ -246,7 +246,9 @@ def test_a_nodes_bound_is_its_products_or_its_bytes():
 def test_icnet_scaling(icnet, model_file, tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "available_memory", lambda: 10**12)
     output = tmp_path / "x.json"
-    code, out, _ = icnet("scaling", model_file, "--sizes", 1, 4, 6, "--calls", 2, "--threads", 1, "--output", output)
+    code, out, _ = icnet(
+        "bench", "scaling", model_file, "--sizes", 1, 4, 6, "--calls", 2, "--threads", 1, "--output", output
+    )
     assert code == 0
     (found,) = json.loads(output.read_text())["models"]
     assert [row["n"] for row in found["sizes"]] == [1, 4, 6]
@@ -259,7 +261,7 @@ def test_scaling_in_chunks_and_by_packed_groups(icnet, exports, tmp_path):
     """The exports lie beside the model: what is larger than a chunk runs both ways, and groups share calls."""
     output = tmp_path / "scaling_x.json"
     options = ("--sizes", 2, 12, "--calls", 2, "--chunk", 2, "--packs", 1, 3, "--pack-size", 2, "--threads", 1)
-    code, out, _ = icnet("scaling", exports, *options, "--output", output)
+    code, out, _ = icnet("bench", "scaling", exports, *options, "--output", output)
     assert code == 0
     results = json.loads(output.read_text())
     plain, chunked = results["models"]
@@ -288,7 +290,7 @@ def test_a_size_that_would_not_fit_is_not_tried(icnet, model_file, tmp_path, mon
     monkeypatch.setattr(scaling, "alone", alone)
     monkeypatch.setattr(scaling, "available_memory", lambda: 20 * 10**9)
     output = tmp_path / "x.json"
-    code, out, _ = icnet("scaling", model_file, "--sizes", 300, 10, 5, 1, "--output", output)
+    code, out, _ = icnet("bench", "scaling", model_file, "--sizes", 300, 10, 5, 1, "--output", output)
     assert code == 0
     (found,) = json.loads(output.read_text())["models"]
     assert found["not_run"] == {"300": "would take 30 GB of the 20 GB free"}
@@ -300,7 +302,7 @@ def test_a_size_that_would_not_fit_is_not_tried(icnet, model_file, tmp_path, mon
 def test_if_no_model_runs_there_is_an_error_and_no_results(icnet, tmp_path):
     (tmp_path / "x.onnx").write_bytes(b"junk")
     output = tmp_path / "x.json"
-    code, _, err = icnet("scaling", tmp_path / "x.onnx", "--sizes", 1, 2, "--output", output)
+    code, _, err = icnet("bench", "scaling", tmp_path / "x.onnx", "--sizes", 1, 2, "--output", output)
     assert (code, err.count("\n")) == (2, 1)
     assert "x.onnx: not an ONNX model" in err
     assert not output.exists()
@@ -311,7 +313,7 @@ def test_memory_over_many_groups_is_watched(icnet, model_file, tmp_path, monkeyp
     used = iter([100, 130, *range(140, 990, 10)])
     monkeypatch.setattr(scaling, "memory", lambda field: next(used))
     monkeypatch.setattr(scaling, "RECORDS", 4)
-    code, out, _ = icnet("scaling", model_file, "--groups", 8, "--threads", 1, "--output", tmp_path / "x.json")
+    code, out, _ = icnet("bench", "scaling", model_file, "--groups", 8, "--threads", 1, "--output", tmp_path / "x.json")
     assert code == 1
     assert "after 8 groups, 1.071 times as much as half way: it grows" in out
     records = json.loads((tmp_path / "x.json").read_text())["models"][0]["stream"]["records"]
@@ -325,7 +327,7 @@ def test_scaling_that_is_interrupted_keeps_what_it_has(icnet, model_file, tmp_pa
         return {"first_map_s": 1.0, "times_s": [0.1 * n], "peak_memory_bytes": n}
 
     monkeypatch.setattr(scaling, "alone", alone)
-    code, out, _ = icnet("scaling", model_file, "--sizes", 1, 2, 3, 4, "--output", tmp_path / "x.json")
+    code, out, _ = icnet("bench", "scaling", model_file, "--sizes", 1, 2, 3, 4, "--output", tmp_path / "x.json")
     assert code == 130
     results = json.loads((tmp_path / "x.json").read_text())
     assert results["interrupted"]
@@ -391,7 +393,7 @@ def test_icnet_throughput(icnet, exports, tmp_path):
     histogram.write_text('{"2": 3, "1": 1, "7": 0}')
     options = ("--sizes", histogram, "--groups", 6, "--callers", 2, "--threads", 1, "--output", tmp_path / "x.json")
     packed = exports.with_name("icnet.packed.onnx")
-    code, out, _ = icnet("throughput", exports, packed, *options, "--save-sizes", saved)
+    code, out, _ = icnet("bench", "throughput", exports, packed, *options, "--save-sizes", saved)
     assert code == 0
     assert "2 callers, groups of 1 to 2" in " ".join(out.split())
     results = json.loads((tmp_path / "x.json").read_text())
@@ -452,7 +454,7 @@ def test_a_gpus_idle_share_is_what_nvidia_smi_samples(tmp_path, monkeypatch):
 def test_readmes_tables_and_plots_are_those_of_the_results(icnet, monkeypatch):
     """And no results on a CPU lie there that README does not show."""
     monkeypatch.chdir(ROOT)
-    code, out, _ = icnet("report", "--check")
+    code, out, _ = icnet("bench", "report", "--check")
     assert (code, out) == (0, "")
     shown = {match[2] for match in BLOCK.finditer((ROOT / "README.md").read_text(encoding="utf-8"))}
     found = {path.stem for kind in RENDER for path in (ROOT / RESULTS).glob(f"{kind}_*cpu.json")}
@@ -472,12 +474,12 @@ def test_a_readme_that_differs_is_found_and_mended(icnet, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- results: latency_x -->\nold\n<!-- end of results -->\nafter\n")
 
-    code, out, _ = icnet("report", "--check", "--readme", readme)
+    code, out, _ = icnet("bench", "report", "--check", "--readme", readme)
     assert code == 1
     assert "README.md: differs from the results" in out
     assert "latency_x.png: differs from the results" in out
     assert "old" in readme.read_text()
-    assert icnet("report", "--readme", readme)[0] == 0
+    assert icnet("bench", "report", "--readme", readme)[0] == 0
     text = readme.read_text()
     assert text.startswith(
         "before\n<!-- results: latency_x -->\nCPU, 2 threads; 2026-01-01; Python 3.11, torch 2.13.\n"
@@ -488,20 +490,20 @@ def test_a_readme_that_differs_is_found_and_mended(icnet, tmp_path):
     assert "- Not run: x: no x" in text
     assert "Interrupted" not in text
     assert "old" not in text
-    assert icnet("report", "--check", "--readme", readme)[0] == 0
+    assert icnet("bench", "report", "--check", "--readme", readme)[0] == 0
 
     results["groups"][0]["runners"]["ours"]["ratio"] = 123.45
     source.write_text(json.dumps(results))
-    assert icnet("report", "--check", "--readme", readme)[0] == 1
+    assert icnet("bench", "report", "--check", "--readme", readme)[0] == 1
 
 
 def test_a_readme_that_names_no_results(icnet, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("<!-- results: latency_x -->\n<!-- end of results -->\n")
-    code, _, err = icnet("report", "--readme", readme)
+    code, _, err = icnet("bench", "report", "--readme", readme)
     assert code == 2
     assert "latency_x.json: can't be read as results" in err
     readme.write_text("<!-- results: speed_x -->\n<!-- end of results -->\n")
-    code, _, err = icnet("report", "--readme", readme)
+    code, _, err = icnet("bench", "report", "--readme", readme)
     assert code == 2
     assert "no such kind of results; there are latency, gpu" in err

@@ -3,12 +3,13 @@ import json
 
 import pytest
 from PIL import Image
+from rich.progress import Progress
 
-from evaluation import bank_sizes
+from evaluation import accuracy, bank_sizes
 from runtime.files import bank_files
 from training.paste import CutPaste
 
-OPTIONS = ["--groups", 2, "--new", 3, "--sizes", 1, 4]
+OPTIONS = ["--groups", 2, "--new", 3, "--bank-sizes", 1, 4]
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def options(material):
 def test_scores_by_the_size_of_the_bank(icnet, options, exports, tmp_path):
     files = {name: tmp_path / name for name in ("r.json", "r.png", "r.jpg")}
     outputs = zip(("--output", "--plot", "--picture"), files.values(), strict=True)
-    code, out, err = icnet("bank-curve", "--model", exports, *options, *(part for pair in outputs for part in pair))
+    code, out, err = icnet("evaluate", "-m", exports, *options, *(part for pair in outputs for part in pair))
     assert (code, err) == (0, "")
     results = json.loads(files["r.json"].read_text())
     scores = results["scores"]
@@ -44,26 +45,30 @@ def test_the_new_images_are_never_in_the_bank(options, material, tmp_path):
             return sisms / 255
 
     parser = argparse.ArgumentParser()
-    bank_sizes.add_arguments(parser)
+    accuracy.add_arguments(parser)
     model = tmp_path / "x.onnx"
     for path in bank_files(model):
         path.touch()
-    args = parser.parse_args([str(option) for option in ("--model", model, *options)])
-    results = bank_sizes.measure(args, CutPaste(*material), Spy())
-    assert results["scores"]["1"] == results["scores"]["SISMs"]  # all that this one knows
+    args = parser.parse_args([str(option) for option in ("--models", model, *options)])
+    results = bank_sizes.score(args, CutPaste(*material), Spy(), Progress(disable=True))
+    assert results.scores["1"] == results.scores["SISMs"]  # all that this one knows
 
 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--sizes", 0], "--groups, --new and --sizes take numbers from 1"),
+        (["--bank-sizes", 0], "--new and --bank-sizes take numbers from 1"),
+        (["--new", 0], "--new and --bank-sizes take numbers from 1"),
+        (["--groups", 0], "--groups and --images take numbers from 1"),
         (["--corrupted", 2], "--corrupted from 0 to 1"),
         (["--show", "gnu"], "no class gnu in it"),
         (["--cutouts", "gone"], "gone: no such folder"),
-        (["--model", "gone.onnx"], "gone.intra.onnx: no such model file"),
+        (["--models", "gone.onnx"], "gone.intra.onnx: no such model file"),
+        (["--models", "one.onnx", "two.onnx"], "--bank-sizes takes one model: a bank export"),
+        (["--picture", "x.txt"], "x.txt: --picture writes .jpeg, .jpg, .png"),
     ],
 )
 def test_bad_options(extra, message, icnet, options, exports):
-    code, _, err = icnet("bank-curve", "--model", exports, *options, *extra)
+    code, _, err = icnet("evaluate", "--models", exports, *options, *extra)
     assert (code, err.count("\n")) == (2, 1)
     assert message in err

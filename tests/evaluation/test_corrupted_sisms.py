@@ -13,8 +13,9 @@ def options(material):
 
 def test_scores_by_share(icnet, options, model_file, tmp_path):
     code, out, err = icnet(
-        "robustness", "--models", model_file, *options, "--output", tmp_path / "r.json", "--plot", tmp_path / "r.png"
-    )
+        "evaluate", "--corrupt-sisms", "--models", model_file, *options,
+        "--output", tmp_path / "r.json", "--plot", tmp_path / "r.png",
+    )  # fmt: skip
     assert (code, err) == (0, "")
     results = json.loads((tmp_path / "r.json").read_text())
     assert results["shares"] == [0, 0.2, 0.4, 0.6, 0.8]
@@ -29,13 +30,22 @@ def test_scores_by_share(icnet, options, model_file, tmp_path):
     assert Image.open(tmp_path / "r.png").size[0] > 500
 
 
+def test_shares_can_be_named_in_any_order(icnet, options, model_file, tmp_path):
+    arguments = ("-m", model_file, *options, "--groups", 1, "--corrupt-sisms", 1, 0, "-o", tmp_path / "r.json")
+    assert icnet("evaluate", *arguments)[0] == 0
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert results["shares"] == [0, 1]
+    clean, wrong = results["scores"]["SISMs"]
+    assert clean["mae"] < wrong["mae"]
+
+
 def test_the_same_scores_as_of_a_written_data_set(icnet, options, tmp_path):
-    """`icnet paste` and `icnet evaluate` on the same groups; only JPEG lies between, which SISMs do not pass."""
+    """`icnet data paste` and `icnet evaluate` on the same groups; only JPEG lies between, which SISMs do not pass."""
     from evaluation.dataset import evaluate, find_dataset
     from training.paste import CutPaste
 
     data = tmp_path / "data"
-    assert icnet("paste", *options, "--corrupted", 0.4, "--output", data)[0] == 0
+    assert icnet("data", "paste", *options, "--corrupted", 0.4, "--output", data)[0] == 0
     dataset = find_dataset(data, data / "sism")
     written = evaluate(dataset, dataset.read(sisms for _, sisms in dataset.inputs()))
     maker = CutPaste(options[1], options[3])
@@ -48,11 +58,14 @@ def test_the_same_scores_as_of_a_written_data_set(icnet, options, tmp_path):
     ("extra", "message"),
     [
         (["--groups", 0], "--groups and --images take numbers from 1"),
-        (["--distractors", 3, 1], "--distractors FEWEST"),
+        (["--distractors", 3, 1], "--distractors MIN and MAX"),
+        (["--corrupt-sisms", 2], "--corrupt-sisms takes shares from 0 to 1"),
         (["--cutouts", "gone"], "gone: no such folder"),
+        (["--sisms", "gone"], "--sisms is of data sets"),
+        (["--show", "ant"], "--picture and --show go with --bank-sizes"),
     ],
 )
 def test_bad_options(extra, message, icnet, options, model_file):
-    code, _, err = icnet("robustness", "--models", model_file, *options, *extra)
+    code, _, err = icnet("evaluate", "--corrupt-sisms", "--models", model_file, *options, *extra)
     assert (code, err.count("\n")) == (2, 1)
     assert message in err

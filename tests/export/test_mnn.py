@@ -1,6 +1,7 @@
 """Files for MNN: how they are built and what refuses to be, and what only this backend has to get right."""
 
 import json
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from export.to_mnn import build_mnn, convert, sample_calls
 from runtime import DependencyError, ICNetError, ModelError, Predictor
 from runtime.backends.mnn import MnnBackend
 from runtime.contract import INTERFACES, WEIGHTS
+from runtime.errors import how_to_install
 from runtime.files import bank_files, digest
 from tests.helpers import convert_to_mnn, damage
 
@@ -240,7 +242,7 @@ def test_the_model_itself_is_not_overwritten(icnet, exports):
 
 def test_mnn_that_is_not_installed_is_named_with_its_extra(exports, mnn_exports, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "MNN", None)
-    with pytest.raises(DependencyError, match=r"MNN is not installed: pip install 'icnet-deploy\[mnn\]'"):
+    with pytest.raises(DependencyError, match=re.escape(f"MNN is not installed: {how_to_install('mnn')}")):
         Predictor(mnn_exports)
     monkeypatch.setattr(to_mnn.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DependencyError, match="MNN, onnx, onnxruntime: not installed"):

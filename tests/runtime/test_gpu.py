@@ -12,7 +12,7 @@ from export.tensorrt_engine import Options, Profile, build_engine
 from export.to_onnx import write_onnx
 from runtime import ICNetError, Predictor
 from runtime.backends.cuda import Cuda, PageLocked
-from tests.helpers import random_network
+from tests.helpers import group, random_network
 
 pytestmark = pytest.mark.gpu
 
@@ -58,11 +58,6 @@ def provider(request, page_locked):
     if request.param not in onnxruntime.get_available_providers():
         pytest.skip(f"{request.param}: not in this onnxruntime; onnxruntime-gpu has it")
     return request.param
-
-
-def group(n):
-    rng = np.random.default_rng(n)
-    return rng.integers(0, 256, (n, 224, 224, 3), np.uint8), rng.integers(0, 256, (n, 224, 224), np.uint8)
 
 
 def test_page_locked_copies_go_to_the_device_and_back(cuda):

@@ -12,7 +12,7 @@ from runtime import DependencyError, ICNetError, ModelError, Predictor
 from runtime.backends import onnx as backend
 from runtime.backends.onnx import CPU, KEPT_IMAGES, MAX_BINDINGS
 from runtime.files import bank_files
-from tests.helpers import random_network
+from tests.helpers import group, random_network
 from tests.runtime.test_predictor import lying_model
 from tests.simulated_gpu import Gpu, install
 
@@ -32,11 +32,6 @@ def gpu(monkeypatch):
     monkeypatch.setattr(backend, "CUDA", (CPU,))
     monkeypatch.setattr(backend, "DEVICE", "cpu")
     return install(Gpu(), monkeypatch)
-
-
-def group(n, seed=0):
-    rng = np.random.default_rng((n, seed))
-    return rng.integers(0, 256, (n, 224, 224, 3), np.uint8), rng.integers(0, 256, (n, 224, 224), np.uint8)
 
 
 @pytest.fixture(scope="module")

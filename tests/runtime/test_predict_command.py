@@ -393,29 +393,3 @@ def test_builtin_sisms_mark_what_stands_out():
     assert (sism.shape, sism.dtype, sism.max()) == ((100, 100), np.uint8, 255)
     assert sism[42:58, 42:58].mean() > 3 * sism[:20, :20].mean() + 10
     assert (builtin_sism(np.zeros((50, 50, 3), np.uint8)) == 0).all()
-
-
-@pytest.mark.parametrize("command", [[], ["predict"], ["export"], ["evaluate"]])
-def test_help_tells_what_there_is(command):
-    done = subprocess.run(
-        [sys.executable, "-m", "icnet_cli", *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith("usage: icnet")
-
-
-def test_the_export_script_is_the_command(tmp_path):
-    """From anywhere, without the package being installed on the path."""
-    script = ROOT / "export" / "to_onnx.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--checkpoint", "none.pth", "--output", "x.onnx"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr == "icnet export: error: none.pth: no such file\n"
-
-
-def test_a_missing_package_is_named_with_its_extra():
-    code = "import sys; sys.modules['torch'] = None; import icnet_cli; sys.exit(icnet_cli.main(['export']))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr == "icnet export: error: torch is not installed: pip install '.[cpu,export]'\n"

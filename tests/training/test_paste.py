@@ -106,7 +106,7 @@ NAMES = ["otter", "key", "lamp", "wolf", "two-oclock", "harp", "rose", "kite", "
 
 def test_cutouts_are_sorted_by_class_and_split(icnet, tmp_path):
     packages = [package(tmp_path / f"{i}.tgz", f"set{i}", NAMES if i else NAMES[:-1]) for i in range(4)]
-    code, out, err = icnet("cutouts", *packages, "--output", tmp_path / "out")
+    code, out, err = icnet("data", "cutouts", *packages, "--output", tmp_path / "out")
     assert (code, err) == (0, "")
     classes = {p.name: p.parent.name for p in (tmp_path / "out").glob("*/*")}
     assert set(classes) == {"otter", "key", "lamp", "wolf", "harp", "rose", "kite"}  # no clocks; 3 sets have no drum
@@ -120,7 +120,7 @@ def test_cutouts_are_sorted_by_class_and_split(icnet, tmp_path):
 
 def test_too_few_sets(icnet, tmp_path):
     packages = [package(tmp_path / f"{i}.tgz", f"set{i}", NAMES) for i in range(2)]
-    code, _, err = icnet("cutouts", *packages, "--output", tmp_path / "out")
+    code, _, err = icnet("data", "cutouts", *packages, "--output", tmp_path / "out")
     assert (code, "give more sets" in err) == (2, True)
 
 
@@ -134,7 +134,7 @@ def test_a_package_that_is_none(tmp_path):
 def test_a_data_set_is_written_as_the_paper_lays_it_out(icnet, tmp_path, material):
     options = ["--cutouts", material[0], "--backgrounds", material[1], "--groups", 7, "--images", 3]
     for name in ("a", "b"):
-        code, _, err = icnet("paste", *options, "--output", tmp_path / name)
+        code, _, err = icnet("data", "paste", *options, "--output", tmp_path / name)
         assert (code, err) == (0, "")
     groups = sorted(p.name for p in (tmp_path / "a" / "img").iterdir())
     assert len(groups) == 7  # six classes: one comes twice
@@ -145,7 +145,7 @@ def test_a_data_set_is_written_as_the_paper_lays_it_out(icnet, tmp_path, materia
         ]
         for file in files:
             assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes()
-    code, _, err = icnet("paste", *options, "--output", tmp_path / "a")
+    code, _, err = icnet("data", "paste", *options, "--output", tmp_path / "a")
     assert (code, "is there already" in err) == (2, True)
 
 
@@ -165,7 +165,9 @@ def test_a_data_set_is_written_as_the_paper_lays_it_out(icnet, tmp_path, materia
 def test_bad_material_is_named(corrupt, message, material, tmp_path, icnet):
     copies = [shutil.copytree(folder, tmp_path / folder.name) for folder in material]
     corrupt(*copies)
-    code, _, err = icnet("paste", "--cutouts", copies[0], "--backgrounds", copies[1], "--output", tmp_path / "out")
+    code, _, err = icnet(
+        "data", "paste", "--cutouts", copies[0], "--backgrounds", copies[1], "--output", tmp_path / "out"
+    )
     assert (code, err.count("\n")) == (2, 1)
     assert message in err
     assert not (tmp_path / "out").exists()

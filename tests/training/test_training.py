@@ -195,7 +195,7 @@ def test_training_learns_and_its_result_is_exported(icnet, material, tmp_path):
     """One group over and over, so that the loss of every step is of the same images."""
     output, weights, data = tmp_path / "out.pth", tmp_path / "weights.pth", tmp_path / "data"
     assert icnet(
-        "paste", "--cutouts", material[0], "--backgrounds", material[1], "--classes", "white", "--images", 3,
+        "data", "paste", "--cutouts", material[0], "--backgrounds", material[1], "--classes", "white", "--images", 3,
         "--corrupted", 0, "--output", data,
     )[0] == 0  # fmt: skip
     options = ["--data", data, *SMALL, "--lr", 3e-3, "--epochs", 40]
@@ -305,7 +305,7 @@ def test_what_can_not_be_resumed(icnet, pasted, tmp_path):
 def test_a_pretrained_backbone_is_what_was_trained_with_its_norms_folded(icnet, material, tmp_path):
     output = tmp_path / "vgg.pth"
     code, out, err = icnet(
-        "pretrain", "--cutouts", material[0], "--backgrounds", material[1], "--output", output,
+        "data", "pretrain", "--cutouts", material[0], "--backgrounds", material[1], "--output", output,
         "--width", 0.0625, "--steps", 3, "--batch", 4,
     )  # fmt: skip
     assert (code, err) == (0, "")
