@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib
+import json
 import os
 import re
 import shlex
@@ -14,9 +15,8 @@ import pytest
 import icnet_cli
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("weights/*.md"), *ROOT.glob("tests/data/*/*.md")]
-)
+FOLDERS = ("", "docs", "weights", "benchmarks", "tests/data/bird", "tests/data/pasted")
+PAGES = sorted(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md"))
 COMMAND_PAGES = [page for page in PAGES if page.name != "CHANGELOG.md"]
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -135,3 +135,21 @@ def test_files_and_names_that_architecture_gives_exist() -> None:
         elif re.fullmatch(r"_?[A-Za-z]\w*(\.\w+)?", code) and code not in ("sivs", "bank"):
             for part in code.split("."):
                 assert re.search(rf"\b{part}\b", everything), code
+
+
+@pytest.mark.parametrize(
+    ("page", "results", "rows"),
+    [
+        ("docs/evaluate.md", "heldout", {"SISMs": 0, "demo checkpoint, FP32": 1, "demo checkpoint, FP16": 2}),
+        ("weights/README.md", "heldout", {"SISMs": 0, "demo checkpoint, FP32": 1, "demo checkpoint, FP16": 2}),
+        ("docs/int8.md", "int8", {"FP32": 1, "FP16": 2, "INT8, `minmax`": 3, "INT8, `percentile`": 4}),
+        ("docs/int8.md", "int8", {"INT8, `entropy` (default)": 5}),
+    ],
+)
+def test_scores_are_those_of_the_results(page: str, results: str, rows: dict[str, int]) -> None:
+    """A row S, max F, max E, MAE is that of the n-th maps in weights/RESULTS.json."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    (dataset,) = json.loads((ROOT / f"weights/{results}.json").read_text())["datasets"]
+    for label, n in rows.items():
+        scores = " | ".join(f"{dataset['maps'][n][key]:.3f}" for key in ("s", "max_f", "max_e", "mae"))
+        assert f"| {label} | {scores} |" in text
