@@ -125,16 +125,19 @@ def test_python_blocks_compile_and_import_what_exists(page: Path) -> None:
 
 
 def test_files_and_names_that_architecture_gives_exist() -> None:
-    """`folder/file.py` followed by `name` in the same line: the file is there, and has each such name somewhere."""
-    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    sources = {p: p.read_text(encoding="utf-8") for p in ROOT.glob("*/**/*.py") if ".venv" not in p.parts}
-    everything = "\n".join(sources.values())
-    for code in re.findall(r"`([^`\n]+)`", BLOCK.sub("", text)):
-        if re.fullmatch(r"[\w/]+/\w+\.py", code):
-            assert ROOT / code in sources, code
-        elif re.fullmatch(r"_?[A-Za-z]\w*(\.\w+)?", code) and code not in ("sivs", "bank"):
-            for part in code.split("."):
-                assert re.search(rf"\b{part}\b", everything), code
+    """Every file is there; a name beside a file is in it: `FILE`, `NAME` or `FILE`: `NAME` or `NAME` (`FILE`)."""
+    text = BLOCK.sub("", (ROOT / "docs/architecture.md").read_text(encoding="utf-8"))
+    files = set(re.findall(r"`(\w+/[\w/]+\.py)`", text))
+    missing = {file for file in files if not (ROOT / file).is_file()}
+    assert files
+    assert not missing
+    named = re.findall(r"`([\w/]+\.py)`(?:, |: )`([\w.]+)`(?!:)", text)
+    named += [(file, name) for name, file in re.findall(r"`([\w.]+)` \(`([\w/]+\.py)`\)", text)]
+    assert len(named) > 20
+    for file, name in named:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        for part in name.split("."):
+            assert name.endswith(".py") or re.search(rf"(def|class) {part}\b|^{part}\b", source, re.MULTILINE), name
 
 
 @pytest.mark.parametrize(
