@@ -131,7 +131,7 @@ def test_files_and_names_that_architecture_gives_exist() -> None:
     missing = {file for file in files if not (ROOT / file).is_file()}
     assert files
     assert not missing
-    named = re.findall(r"`([\w/]+\.py)`(?:, |: )`([\w.]+)`(?!:)", text)
+    named = re.findall(r"`(\w+/[\w/]+\.py)`(?:, |: )`([\w.]+)`(?!:)", text)
     named += [(file, name) for name, file in re.findall(r"`([\w.]+)` \(`([\w/]+\.py)`\)", text)]
     assert len(named) > 20
     for file, name in named:
