@@ -1,0 +1,92 @@
+"""The examples, run on the sample data with a narrow network."""
+
+import io
+import threading
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from runtime import Predictor
+from tests.helpers import DATA
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SAMPLE = DATA / "pasted"
+
+
+def load(name: str) -> ModuleType:
+    spec = spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_folder_of_groups(exports: Path, tmp_path: Path) -> None:
+    load("folder_of_groups").main(exports, SAMPLE, tmp_path)
+    sources = sorted(SAMPLE.glob("img/*/*.jpg"))
+    assert len(sources) == len(list(tmp_path.glob("*/*.png"))) == 24
+    owls = sorted(SAMPLE.glob("img/owl/*.jpg"))
+    with Predictor(exports) as predictor:
+        expected = predictor(owls, sorted(SAMPLE.glob("sism/owl/*.png")))
+    for source, found in zip(owls, expected, strict=True):
+        with Image.open(source) as image, Image.open(tmp_path / f"owl/{source.stem}.png") as written:
+            assert written.size == image.size
+            assert abs(np.asarray(written) - found * 255).max() <= 0.51
+
+
+def test_a_bank(exports: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main, file = load("bank").main, tmp_path / "crabs.npz"
+    main(exports, "make", SAMPLE / "img/crab", SAMPLE / "sism/crab", file)
+    assert "8 images" in capsys.readouterr().out
+    main(exports, "compare", SAMPLE / "img/owl", SAMPLE / "sism/owl", file)
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [f"00{i}.jpg" for i in range(1, 9)]
+
+
+def test_a_threaded_service(exports: Path) -> None:
+    rng = np.random.default_rng(0)
+    groups = [rng.integers(0, 256, (n, 40, 50, 4), dtype=np.uint8) for n in (1, 3, 2, 4)]
+
+    def archive(images: np.ndarray, sisms: np.ndarray) -> bytes:
+        body = io.BytesIO()
+        np.savez(body, images=images, sisms=sisms)
+        return body.getvalue()
+
+    def ask(body: bytes) -> bytes:
+        with urllib.request.urlopen(address, body, timeout=60) as answer:
+            return answer.read()
+
+    def refusal(body: bytes) -> str:
+        with pytest.raises(urllib.error.HTTPError, match="400") as error:
+            ask(body)
+        return error.value.read().decode()
+
+    with Predictor(exports) as plain:
+        expected = [plain(group[..., :3], group[..., 3]) for group in groups]
+    with (
+        Predictor(exports.with_suffix(".packed.onnx"), max_delay_ms=5) as predictor,
+        load("threaded_service").make_server(predictor) as server,
+    ):
+        address = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with ThreadPoolExecutor(len(groups)) as pool:
+                answers = list(pool.map(ask, [archive(group[..., :3], group[..., 3]) for group in groups]))
+            for answer, maps in zip(answers, expected, strict=True):
+                assert abs(np.load(io.BytesIO(answer))["maps"] - np.stack(maps)).mean() < 1e-3
+            assert "every image needs its own" in refusal(archive(groups[1][..., :3], groups[0][..., 3]))
+            npy = io.BytesIO()
+            np.save(npy, groups[0])
+            for body in (b"no archive", b"", npy.getvalue(), archive(groups[0], groups[0])[:100]):
+                assert "NumPy archive" in refusal(body)
+        finally:
+            server.shutdown()
+            thread.join()
