@@ -250,22 +250,17 @@ class Timed(Bounds):
     nodes: list[NodeRow]
 
 
-class OptionalRoofline(TypedDict, total=False):
-    """Of a card, or else of a model that was run."""
-
-    card: str
-    precision: str
-    median_s: float
-    share_of_bound: float
-
-
-class Roofline(Record, Totals, Bounds, OptionalRoofline):
+class Roofline(Record, Totals, Bounds):
     """`icnet bench roofline`: `levels` holds the FLOP of every part of the network, by model."""
 
     model: NamedFile
     n: int
     levels: dict[str, dict[str, int]]
     nodes: list[NodeRow]
+    card: NotRequired[str]  # these two of a card, or else the next two of a model that was run
+    precision: NotRequired[str]
+    median_s: NotRequired[float]
+    share_of_bound: NotRequired[float]
 
 
 def load(path: Path) -> Any:

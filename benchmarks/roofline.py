@@ -153,11 +153,8 @@ def levels(models: Mapping[str, Sequence[Node]]) -> dict[str, dict[str, int]]:
 def _totals(path: Path, nodes: Sequence[Node]) -> Totals:
     model = load_model(path)
     weights = sum(onnx.numpy_helper.to_array(tensor).nbytes for tensor in model.graph.initializer)
-    return {
-        "flop": sum(node.flop for node in nodes),
-        "bytes": sum(node.bytes for node in nodes),
-        "weight_bytes": weights,
-    }
+    flop, moved = sum(node.flop for node in nodes), sum(node.bytes for node in nodes)
+    return {"flop": flop, "bytes": moved, "weight_bytes": weights}
 
 
 def _bounds(nodes: Sequence[Node], totals: Totals, n: int, flop_per_s: float, bytes_per_s: float) -> Bounds:

@@ -144,14 +144,7 @@ def read_histogram(source: str) -> Histogram:
 
 @dataclass
 class Stream:
-    """Groups that arrive at given times, and threads that take them in that order.
-
-    Attributes:
-        predictor: what all threads call.
-        sizes: of the groups.
-        arrivals: seconds from the start, ascending; a group that is not taken at once waits.
-        callers: threads.
-    """
+    """Groups that arrive at given times, in seconds from the start, and threads that take them in that order."""
 
     predictor: Predictor
     sizes: Sequence[int]
