@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from rich.markup import escape
-from rich.table import Table
 
-from benchmarks.machine import name_of
+from benchmarks.records import FilesRow
 from benchmarks.runners import picture
 from benchmarks.timing import Times, interleaved, percentiles, warm_up
 from runtime import ICNetError, Predictor
@@ -39,10 +37,11 @@ def write_group(folder: Path, n: int) -> tuple[list[Path], list[Path]]:
     return images, sisms
 
 
-def measure(predictor: Predictor, n: int, rounds: int, limit: float | None = None) -> dict[str, Any]:
+def measure(label: str, predictor: Predictor, n: int, rounds: int, limit: float | None = None) -> FilesRow:
     """Time a group of n from files to files, through the Predictor and stage by stage, interleaved.
 
     Args:
+        label: what the row calls it.
         predictor: runs the network, and reads, resizes and writes in its threads.
         n: images in the group.
         rounds: how often.
@@ -95,26 +94,10 @@ def measure(predictor: Predictor, n: int, rounds: int, limit: float | None = Non
     medians = {stage: float(np.median(took)) for stage, took in stages.items()}
     found = percentiles(times["whole"])
     return {
+        "runner": label,
         "n": n,
         "image": list(SIZE),
         **found,
         "stages_s": medians,
         "network_share": medians["network"] / found["median_s"],
     }
-
-
-def table(results: dict[str, Any]) -> Table:
-    """The whole way, for a terminal."""
-    grid = Table(
-        title=escape(f"{name_of(results['machine'])}; from JPEG files of {SIZE[0]}×{SIZE[1]} to PNG maps"),
-        caption="stages: one after the other; not the network: what is left of the whole way",
-    )
-    grid.add_column("N", justify="right")
-    grid.add_column("runner")
-    for heading in ("whole", *STAGES, "not the network"):
-        grid.add_column(heading, justify="right", no_wrap=True)
-    for row in results["end_to_end"]:
-        times = (f"{took * 1e3:.0f} ms" for took in (row["median_s"], *(row["stages_s"][k] for k in STAGES)))
-        rest = f"{100 * max(0.0, 1 - row['network_share']):.1f} %"
-        grid.add_row(str(row["n"]), escape(row["runner"]), *times, rest)
-    return grid

@@ -6,6 +6,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 
+from benchmarks import records
 from runtime import DependencyError
 
 
@@ -31,6 +32,19 @@ class Gpu:
     def slug(self) -> str:
         """The name, fit for a file's."""
         return re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_") or "unknown"
+
+    def description(self) -> records.Gpu:
+        """The GPU and its software, for the results."""
+        import torch
+
+        return {
+            "gpu": self.name,
+            "compute_capability": self.compute_capability,
+            "driver": self.driver,
+            "gpu_memory_bytes": self.memory_bytes,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
 
 
 def find() -> Gpu:
@@ -58,20 +72,6 @@ def _driver() -> str | None:
     query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
     lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
     return lines[0] if lines else None
-
-
-def description(card: Gpu) -> dict[str, object]:
-    """The GPU and its software, for the results."""
-    import torch
-
-    return {
-        "gpu": card.name,
-        "compute_capability": card.compute_capability,
-        "driver": card.driver,
-        "gpu_memory_bytes": card.memory_bytes,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-    }
 
 
 def free_memory() -> int:

@@ -8,11 +8,12 @@ import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from rich.console import Console
 
+from benchmarks.gpu import Gpu
+from benchmarks.records import SCHEMA, Kind, Machine, Record
 from evaluation.record import versions
 
 PACKAGES = (
@@ -23,33 +24,23 @@ SIDES = {"cpu": 2048, "cuda": 8192}  # of the matrices: large enough for the ful
 COPIED = {"cpu": 1 << 28, "cuda": 1 << 31}  # bytes: far beyond any cache
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """The CPU, the date, and the versions of what is installed."""
+def header(kind: Kind, threads: int, card: Gpu | None = None) -> Record:
+    """What every record begins with: the machine, the date, and the versions of what is installed."""
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         model = lines[0].partition(":")[2].strip() if lines else model
-    found: dict[str, Any] = {
+    machine: Machine = {
         "cpu": model,
         "cores": os.cpu_count(),
         "threads": threads,
         "date": datetime.date.today().isoformat(),
+        "versions": versions(PACKAGES),
     }
-    return found | versions(PACKAGES)
-
-
-def name_of(machine: dict[str, Any]) -> str:
-    """The machine in a few words, for a title."""
-    return machine["gpu"] if "gpu" in machine else f"{machine['cpu']}, {machine['threads']} threads"
-
-
-def wide_console() -> Console:
-    """Where tables go; wide enough for them if it is no terminal."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = 140
-    return console
+    if card:
+        machine.update(cast(Any, card.description()))
+    return {"schema": SCHEMA, "kind": kind, "machine": machine, "interrupted": False}
 
 
 @dataclass(frozen=True)
@@ -61,7 +52,7 @@ class Work:
 
 
 def matrix_product(device: str, threads: int) -> Work:
-    """One large matrix product, in FLOP: FP16 on a GPU; FP32 on so many threads of the CPU, by whom it is faster there.
+    """One large matrix product, in FLOP: FP16 on a GPU; FP32 on so many CPU threads, by the faster of two libraries.
 
     PyTorch's library does not use AVX-512 on every CPU that has it; ONNX Runtime's does.
     """
@@ -125,16 +116,11 @@ def copy(device: str, threads: int) -> Work:
     return Work(2 * source.nbytes, run)
 
 
-def memory(field: str) -> int:
-    """VmRSS or VmHWM (the most so far) of this process in bytes, from /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
 def peak_memory() -> int:
     """The most memory that this process had resident so far, in bytes."""
-    if Path("/proc/self/status").exists():  # Linux: getrusage there starts from what the parent process had
-        return memory("VmHWM")
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux: getrusage there starts from what the parent process had
+        return _kilobytes(status, "VmHWM") or 0
     import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -144,5 +130,10 @@ def peak_memory() -> int:
 def available_memory() -> int | None:
     """Bytes that a new process could take; None where the system does not say."""
     meminfo = Path("/proc/meminfo")
-    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return _kilobytes(meminfo, "MemAvailable") if meminfo.exists() else None
+
+
+def _kilobytes(path: Path, field: str) -> int | None:
+    """A field of one of Linux's files about memory, in bytes."""
+    lines = path.read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)

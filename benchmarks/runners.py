@@ -1,7 +1,7 @@
 """The ways to run ICNet that are compared against each other, each a function from tensors to maps.
 
-As a program (`python -m benchmarks.runners NAME FOLDER N THREADS DEVICE CHUNK CALLS STARTED`) it runs one of them in
-a process that loads nothing else, and prints what that took as JSON: see `alone`.
+As a program (`python -m benchmarks.runners TASK`, where TASK is JSON) it runs one of them in a process that loads
+nothing else, and prints what that took as JSON: see `alone`.
 """
 
 import json
@@ -13,16 +13,17 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import gpu
 from benchmarks.machine import peak_memory
+from benchmarks.records import Alone
 from benchmarks.timing import seconds
 from runtime import DependencyError, ICNetError, ModelError, Predictor
 from runtime.backends.onnx import CPU
@@ -63,7 +64,7 @@ class Setting:
 
 
 class Died(ModelError):
-    """A process of its own that ended without a word; what it ran could end any other process, too."""
+    """A process that ended without a result; what it ran could end any other process, too."""
 
 
 Start = Callable[[Setting], AbstractContextManager[Run]]
@@ -247,14 +248,10 @@ def _file(setting: Setting, path: Path) -> Iterator[Run]:
         yield predictor.predict_tensors
 
 
-def given(path: Path, precision: str = "int8") -> Runner:
-    """A model file as a runner: an export, an engine, or whatever else a Predictor runs."""
-    return Runner(partial(_file, path=path.absolute()), precision)
-
-
-def given_to_tensorrt(path: Path, precision: str) -> Runner:
-    """An ONNX file as a runner, built into an engine."""
-    return Runner(partial(_tensorrt, name=str(path.absolute())), precision)
+def given(path: Path, precision: str = "int8", build: bool = False) -> Runner:
+    """A model file that a Predictor runs as a runner; `build`: an ONNX file, built into a TensorRT engine."""
+    path = path.absolute()
+    return Runner(partial(_tensorrt, name=str(path)) if build else partial(_file, path=path), precision)
 
 
 # The first is what all others are compared with.
@@ -286,7 +283,7 @@ GPU_RUNNERS: dict[str, Runner] = {
 }
 
 
-def alone(name: str, setting: Setting, n: int, calls: int = 1) -> dict[str, Any]:
+def alone(name: str, setting: Setting, n: int, calls: int = 1) -> Alone:
     """Run a runner in a process that loads nothing else.
 
     Args:
@@ -303,10 +300,10 @@ def alone(name: str, setting: Setting, n: int, calls: int = 1) -> dict[str, Any]
         ModelError: it can't run.
         Died: its process crashed or was killed.
     """
-    command = [sys.executable, "-m", "benchmarks.runners", name, str(setting.folder), str(n)]
-    command += [str(setting.threads), setting.device, str(setting.chunk or 0), str(calls), repr(time.time())]
+    how = asdict(setting) | {"folder": str(setting.folder), "sizes": [n]}
+    task = {"runner": name, "n": n, "calls": calls, "setting": how, "started": time.time()}
     with subprocess.Popen(
-        command,
+        [sys.executable, "-m", "benchmarks.runners", json.dumps(task)],
         cwd=Path(__file__).resolve().parents[1],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -325,19 +322,21 @@ def alone(name: str, setting: Setting, n: int, calls: int = 1) -> dict[str, Any]
     except (ValueError, IndexError) as error:
         raise Died("its process failed") from error
     if "error" in found:
-        raise ModelError(found["error"].removeprefix(f"{name}: "))  # the caller knows, and calls it by a shorter name
-    return found if gpu_memory is None else found | {"peak_gpu_memory_bytes": gpu_memory}
+        raise ModelError(found["error"].removeprefix(f"{name}: "))  # the caller has a shorter name for it
+    return cast(Alone, found if gpu_memory is None else found | {"peak_gpu_memory_bytes": gpu_memory})
 
 
-def _main(name: str, folder: str, n: str, threads: str, device: str, chunk: str, calls: str, started: str) -> None:
+def _main(task: dict[str, Any]) -> None:
+    """The process of `alone`: run its task, print what it took."""
+    name = task["runner"]
     runner = (RUNNERS | GPU_RUNNERS).get(name) or given(Path(name))
-    setting = Setting(Path(folder), int(threads), [int(n)], device, int(chunk) or None)
-    tensors = inputs(int(n))
+    setting = Setting(**task["setting"] | {"folder": Path(task["setting"]["folder"])})
+    tensors = inputs(task["n"])
     try:
         with runner.start(setting) as run:
             run(*tensors)
-            first_map = time.time() - float(started)
-            times = [seconds(partial(run, *tensors)) for _ in range(int(calls) - 1)]
+            first_map = time.time() - task["started"]
+            times = [seconds(partial(run, *tensors)) for _ in range(task["calls"] - 1)]
     except Exception as error:  # what any engine raises; the comparison goes on without it
         print(json.dumps({"error": reason(error)}))
         return
@@ -351,4 +350,4 @@ def reason(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    _main(json.loads(sys.argv[1]))

@@ -1,25 +1,12 @@
-"""python benchmarks/throughput.py: how many groups per second does one Predictor take from many threads?
+"""icnet bench throughput: how many groups per second does one Predictor take from many threads?
 
 First the *capacity*: every thread has its next group ready as soon as its last is done. Then the same groups arrive at
-random (a Poisson process) at a share of that capacity, as requests do, and wait in one queue for a free thread: queue
-time is from arrival to a thread, latency from arrival to maps.
-
-Group sizes follow a histogram: JSON {"3": 10, "4": 7}, or a data set's folders img/GROUP/, or "service": 3 to 8 images,
-all alike. Several models get the same groups at the same times, at a share of the first one's capacity; of a packed
-model, groups that wait for each other share calls.
+random (a Poisson process) at a share of that capacity, and wait in one queue for a free thread. Several models get the
+same groups at the same times, at a share of the first one's capacity; of a packed model, waiting groups share calls.
 
 Idle is, on the CPU, the share of its cores' time in which this process did not compute (CPU time against wall time); on
 a GPU, the share of the time in which no kernel ran, as nvidia-smi samples it.
 """
-
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":  # run as a script: the same as `icnet throughput`
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from icnet_cli import main
-
-    sys.exit(main(["throughput", *sys.argv[1:]]))
 
 import argparse
 import json
@@ -28,37 +15,36 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.markup import escape
 from rich.progress import Progress
-from rich.table import Table
 
-from benchmarks import gpu
-from benchmarks.machine import machine, name_of, wide_console
+from benchmarks import describe, gpu
+from benchmarks.machine import header
+from benchmarks.records import ServedModel, StreamRow, Throughput
+from benchmarks.render import to_terminal, wide_console
 from benchmarks.runners import Setting, inputs, load
-from evaluation.record import labels
-from runtime import ICNetError, InputError, OutputError, Predictor
-from runtime.files import digest, replacing, same_file, write_json
+from evaluation.record import labels, recording
+from runtime import ICNetError, InputError, Predictor
+from runtime.files import digest
 from runtime.groups import find_groups
 from runtime.predictor import MAX_THREADS
 from runtime.threads import cores
 
-SERVICE = "service"
-HISTOGRAMS = {SERVICE: dict.fromkeys(range(3, 9), 1)}
+SERVICE = "service"  # the built-in histogram
 MAX_IMAGES = 4096  # in one group of a histogram
 SAMPLES_MS = 100  # between nvidia-smi's
 
-Results = dict[str, Any]
 Histogram = dict[int, int]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `icnet throughput`."""
+    """The options of `icnet bench throughput`."""
     add = parser.add_argument
     add("models", type=Path, nargs="+", metavar="MODEL", help="exports, engines, or whatever else a Predictor runs")
     add("--sizes", default=SERVICE, metavar="HISTOGRAM", help="JSON file, data set, or 'service' (default)")
@@ -66,10 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--groups", type=int, default=60, help="in each of the two streams (default 60)")
     add("--callers", type=int, default=4, help="threads that call the Predictor (default 4)")
     add("--load", type=float, default=0.7, help="arrivals as a share of the capacity (default 0.7)")
-    add("--threads", type=int, default=cores(), help="CPU threads of one call (default: all)")
+    add("-t", "--threads", type=int, default=cores(), help="CPU threads of one call (default: all)")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where an ONNX file runs, and what is idle or not")
     add("--seed", type=int, default=0)
-    add("--output", type=Path, help="write the results as JSON")
+    add("-o", "--output", type=Path, help="write the results as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -91,53 +77,41 @@ def run(args: argparse.Namespace) -> int:
     if not 0 < args.load <= 2:
         raise InputError(f"--load {args.load:g}: expected a share of the capacity, e.g. 0.7")
     histogram = read_histogram(args.sizes)
-    for path in filter(None, (args.output, args.save_sizes)):
-        if any(same_file(path, other) for other in (*args.models, args.sizes)):
-            raise OutputError(f"{path}: is an input of this run; choose another name")
-    if args.save_sizes:
-        with replacing(args.save_sizes) as temporary:
-            temporary.write_text(json.dumps(histogram) + "\n", encoding="utf-8")
     card = gpu.find() if args.device == "cuda" else None
     rng = np.random.default_rng(args.seed)
     shares = np.array([*histogram.values()]) / sum(histogram.values())
     sizes = [int(n) for n in rng.choice([*histogram], args.groups, p=shares)]
-    results: Results = {
-        "machine": machine(args.threads) | (gpu.description(card) if card else {}),
+    gaps = rng.exponential(1, len(sizes))
+    models: list[ServedModel] = []
+    results: Throughput = {
+        **header("throughput", args.threads, card),
         "histogram": histogram,
         "groups": args.groups,
         "callers": args.callers,
         "load": args.load,
-        "interrupted": False,
-        "models": [],
+        "models": models,
     }
-    gaps = rng.exponential(1, len(sizes))
     console = wide_console()
     setting = Setting(Path(), args.threads, [*histogram], args.device)
-    with replacing(args.output) if args.output else nullcontext() as temporary:
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-            try:
-                for label, path in zip(labels(args.models), args.models, strict=True):
-                    with load(path, setting) as predictor:
-                        for n in progress.track(sorted(set(sizes)), description=escape(f"{label}, warming up")):
-                            predictor.predict_tensors(*inputs(n))
-                        found: Results = {"name": label, "sha256": digest(path), "streams": {}}
-                        results["models"].append(found)
-                        capacity = Stream(predictor, sizes, np.zeros(len(sizes)), args.callers)
-                        found["streams"]["capacity"] = capacity.run(progress, card is not None)
-                        rate = args.load * results["models"][0]["streams"]["capacity"]["groups_per_s"]
-                        arriving = Stream(predictor, sizes, np.cumsum(gaps / rate), args.callers)
-                        found["streams"]["arriving"] = arriving.run(progress, card is not None)
-            except KeyboardInterrupt:
-                if not any(found["streams"] for found in results["models"]):
-                    raise
-                results["interrupted"] = True
-        console.print(table(results))
-        if results["interrupted"]:
-            console.print("interrupted: this is what was measured until then")
-        if temporary:
-            write_json(temporary, results)
-    if args.output:
-        print(f"{args.output}: written")
+    saved = {args.save_sizes: lambda path: path.write_text(json.dumps(histogram) + "\n")} if args.save_sizes else {}
+
+    def measured() -> bool:
+        return any(found["streams"] for found in models)
+
+    read = (*args.models, Path(args.sizes))
+    with recording(results, args.output, inputs=read, others=saved, keep=measured, console=console) as progress:
+        for label, path in zip(labels(args.models), args.models, strict=True):
+            with load(path, setting) as predictor:
+                for n in progress.track(sorted(set(sizes)), description=escape(f"{label}, warming up")):
+                    predictor.predict_tensors(*inputs(n))
+                found: ServedModel = {"name": label, "sha256": digest(path), "streams": {}}
+                models.append(found)
+                capacity = Stream(predictor, sizes, np.zeros(len(sizes)), args.callers)
+                found["streams"]["capacity"] = capacity.run(progress, card is not None)
+                rate = args.load * models[0]["streams"]["capacity"]["groups_per_s"]
+                arriving = Stream(predictor, sizes, np.cumsum(gaps / rate), args.callers)
+                found["streams"]["arriving"] = arriving.run(progress, card is not None)
+    to_terminal(describe.throughput(results), console)
     return 130 if results["interrupted"] else 0
 
 
@@ -145,13 +119,13 @@ def read_histogram(source: str) -> Histogram:
     """How many groups there are of each size.
 
     Args:
-        source: the name of a built-in one, a JSON file {"size": groups}, or a data set with img/GROUP/ folders.
+        source: "service" (3 to 8 images, all alike), a JSON file {"size": groups}, or a data set with img/GROUP/.
 
     Raises:
         InputError: it is none of these.
     """
-    if source in HISTOGRAMS:
-        return HISTOGRAMS[source]
+    if source == SERVICE:
+        return dict.fromkeys(range(3, 9), 1)
     path = Path(source)
     if path.is_dir():
         groups = [group for group in find_groups(path, None) if group.problem is None]
@@ -160,7 +134,7 @@ def read_histogram(source: str) -> Histogram:
         found = {int(size): count for size, count in json.loads(path.read_text(encoding="utf-8")).items()}
         good = all(isinstance(c, int) and c >= 0 for c in found.values()) and sum(found.values()) > 0
     except FileNotFoundError as error:
-        raise InputError(f"{source}: no such file or data set, and not one of {', '.join(HISTOGRAMS)}") from error
+        raise InputError(f"{source}: no such file or data set, and not '{SERVICE}'") from error
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f'{source}: not a histogram: expected JSON such as {{"3": 10, "4": 7}}') from error
     if not good or not all(1 <= size <= MAX_IMAGES for size in found):
@@ -170,14 +144,7 @@ def read_histogram(source: str) -> Histogram:
 
 @dataclass
 class Stream:
-    """Groups that arrive at given times, and threads that take them in that order.
-
-    Attributes:
-        predictor: what all threads call.
-        sizes: of the groups.
-        arrivals: seconds from the start, ascending; a group that is not taken at once waits.
-        callers: threads.
-    """
+    """Groups that arrive at given times, in seconds from the start, and threads that take them in that order."""
 
     predictor: Predictor
     sizes: Sequence[int]
@@ -189,7 +156,7 @@ class Stream:
     _error: ICNetError | None = None
     _stopped: threading.Event = field(default_factory=threading.Event)
 
-    def run(self, progress: Progress, on_gpu: bool) -> Results:
+    def run(self, progress: Progress, on_gpu: bool) -> StreamRow:
         """Run to the end.
 
         Raises:
@@ -267,36 +234,3 @@ class _Sampler:
         self._process.terminate()
         samples = [float(line) for line in self._process.communicate()[0].split() if line.isdigit()]
         return 1 - float(np.mean(samples)) / 100 if samples else None
-
-
-def streams(results: Results) -> Iterator[tuple[Results, str, Results]]:
-    """Every stream that was measured: the model's entry, what the stream is, and what was found."""
-    names = {
-        "capacity": "all at once",
-        "arriving": f"{results['load']:.0%} of the first one's capacity, at random times",
-    }
-    for found in results["models"]:
-        for key, row in found["streams"].items():
-            yield found, names[key], row
-
-
-def spread(results: Results) -> str:
-    """The group sizes, in words."""
-    sizes = sorted(int(n) for n in results["histogram"])
-    return f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else str(sizes[0])
-
-
-def table(results: Results) -> Table:
-    """All streams, for a terminal."""
-    title = f"{name_of(results['machine'])}; {results['callers']} callers, groups of {spread(results)}"
-    grid = Table(title=escape(title))
-    grid.add_column("model")
-    grid.add_column("stream")
-    for heading in ("groups/s", "images/s", "latency p50", "p90", "p99", "queue p50", "p99", "idle"):
-        grid.add_column(heading, justify="right", no_wrap=True)
-    for found, name, row in streams(results):
-        times = (*row["latency_s"].values(), *row["queue_s"].values())
-        cells = [f"{row['groups_per_s']:.2f}", f"{row['images_per_s']:.1f}", *(f"{t * 1e3:.0f} ms" for t in times)]
-        cells.append("–" if row["idle_share"] is None else f"{row['idle_share']:.0%}")
-        grid.add_row(escape(found["name"]), name, *cells)
-    return grid

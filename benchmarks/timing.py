@@ -3,8 +3,11 @@
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+
+from benchmarks.records import Percentiles, Ratio
 
 STEADY = 0.05  # a call that beats the best so far by less than this share has nothing left to warm up
 MAX_WARM_UPS = 12
@@ -65,13 +68,13 @@ def interleaved(
         yield
 
 
-def percentiles(times: Sequence[float]) -> dict[str, float]:
+def percentiles(times: Sequence[float]) -> Percentiles:
     """Median, 90th and 99th percentile, in the times' unit."""
-    values = np.percentile(times, [50, 90, 99])
-    return dict(zip(("median_s", "p90_s", "p99_s"), map(float, values), strict=True))
+    median, p90, p99 = map(float, np.percentile(times, [50, 90, 99]))
+    return {"median_s": median, "p90_s": p90, "p99_s": p99}
 
 
-def ratio(base: Sequence[float], times: Sequence[float]) -> dict[str, float]:
+def ratio(base: Sequence[float], times: Sequence[float]) -> Ratio:
     """How many times as fast as `base`: the ratio of the medians, and its 95 % bootstrap interval.
 
     Args:
@@ -90,7 +93,7 @@ def ratio(base: Sequence[float], times: Sequence[float]) -> dict[str, float]:
     }
 
 
-def interval(row: Mapping[str, float]) -> str:
+def interval(row: Mapping[str, Any]) -> str:
     """What `ratio` found, for a table."""
     return f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
 
