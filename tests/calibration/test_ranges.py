@@ -13,6 +13,7 @@ from calibration import ranges as ranges_module
 from calibration.graph import ExportedModel
 from calibration.groups import open_groups, read
 from calibration.ranges import METHODS, collect, histogram
+from export.onnx_file import cpu_session
 from export.samples import smooth_group
 from runtime import ModelError, Predictor
 
@@ -70,8 +71,9 @@ def test_percentile_and_entropy_beat_min_max_where_an_activation_is_an_outlier(n
     for method in METHODS:
         found = collect(path, model.model, model.tensors(), lambda _: iter(feeds), method)
         onnx.save(model.quantised(found), tmp_path / "int8.onnx")
-        with Predictor(tmp_path / "int8.onnx") as predictor:
-            errors[method] = np.abs(predictor.predict_tensors(**clean) - expected).mean()
+        # Not optimised, it computes what the file says: int8 kernels of a CPU without VNNI saturate in 16 bits.
+        session = cpu_session(tmp_path / "int8.onnx", optimised=False)
+        errors[method] = np.abs(session.run(None, clean)[0] - expected).mean()
     assert errors["percentile"] < 0.5 * errors["minmax"]
     assert errors["entropy"] < 0.5 * errors["minmax"]
 
