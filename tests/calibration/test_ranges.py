@@ -16,6 +16,7 @@ from calibration.ranges import METHODS, collect, histogram
 from export.onnx_file import cpu_session
 from export.samples import smooth_group
 from runtime import ModelError, Predictor
+from runtime.threads import Workers
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -96,13 +97,14 @@ def test_one_group_is_in_memory_at_a_time(narrow, groups):
 
     def feeds():
         for group in open_groups(groups, groups / "sism").groups * 3:
-            feed = read(group)
+            feed = read(group, workers)
             made.append(weakref.ref(feed["images"]))
             yield feed
             del feed
             assert sum(ref() is not None for ref in made) <= 1
 
-    collect(narrow, model.model, ["relu_12"], lambda _: feeds(), "percentile")
+    with Workers(2) as workers:
+        collect(narrow, model.model, ["relu_12"], lambda _: feeds(), "percentile")
     assert len(made) == 18
 
 
