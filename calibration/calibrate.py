@@ -29,6 +29,7 @@ from calibration.ranges import METHODS, PERCENTILE, Ranges, collect, read_cache,
 from calibration.sensitivity import CURVE, PrecisionPlan, draw, read_precision_plan, record, scorer, search, table
 from evaluation.dataset import find_dataset
 from evaluation.metrics import Metrics
+from export.onnx_file import save_model
 from runtime import __version__
 from runtime.commands.predict import BUILTIN, sism_folder
 from runtime.errors import DependencyError, InputError, OutputError, how_to_install
@@ -121,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
         quantised = model.quantised(ranges, int8)
         share = int8_share(quantised)
         _describe(quantised, args, model, groups, int8, share)
-        onnx.save(quantised, output)
+        save_model(quantised, output)
         if plan is not None:
             _write_plan(args, model, plan, files)
     return _report(args, model, plan, share)

@@ -1,9 +1,11 @@
 """ICNet checkpoints in the authors' layout, read and written; and VGG16 backbones.
 
 The layout is a dict with the network's tensors under `state_dict` and, in a training checkpoint, the optimiser's
-state under `optimizer`. Everything is loaded with `weights_only=True`: a checkpoint can't run code.
+state under `optimizer`. Ours have the digest of the weights beside them, which is checked. Everything is loaded with
+`weights_only=True`: a checkpoint can't run code.
 """
 
+import hashlib
 import os
 import pickle
 import warnings
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from export.icnet import WIDTH_STEPS, ICNet
+from runtime.contract import WEIGHTS
 from runtime.errors import CheckpointError
 from runtime.files import replacing
 
@@ -31,15 +34,31 @@ def load_checkpoint(path: str | os.PathLike[str]) -> ICNet:
 
     Raises:
         CheckpointError: the file can't be read, needs pickled code, or has missing, extra, misshapen or non-finite
-            tensors; the message names them.
+            tensors; the message names them. Or the tensors are not those that the file's digest is of.
     """
-    state = read_checkpoint(path)["state_dict"]
+    checkpoint = read_checkpoint(path)
+    state = checkpoint["state_dict"]
     width = width_of(path, state, "ICNet")
     with torch.device("meta"):  # shapes first: a file that lies about its width must not fill the memory
         check_state(path, ICNet(width), state)
     model = ICNet(width)
     model.load_state_dict(state)
+    if WEIGHTS in checkpoint and checkpoint[WEIGHTS] != weights_digest(model):
+        raise CheckpointError(
+            f"{path}: damaged, or edited: its tensors are not those that were saved, by the file's {WEIGHTS}; get a "
+            f"whole copy (edited on purpose? Remove {WEIGHTS} from its dict, or save it with save_checkpoint)"
+        )
     return model.eval()
+
+
+def weights_digest(network: torch.nn.Module) -> str:
+    """SHA-256 of a network's weights in FP32, by which its exports of any kind and precision know each other."""
+    found = hashlib.sha256()
+    for name, stored in sorted(network.state_dict().items()):
+        tensor = stored.float() if stored.is_floating_point() else stored
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def width_of(path: str | os.PathLike[str], state: Mapping[str, Tensor], network: str) -> float:
@@ -111,6 +130,8 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint in the authors' layout, so that their code reads ours. Whole or not at all.
 
+    The digest of its weights goes under `WEIGHTS`, for `load_checkpoint` to check.
+
     Args:
         path: the file.
         model: the network.
@@ -120,7 +141,7 @@ def save_checkpoint(
     Raises:
         OutputError: the file can't be written.
     """
-    checkpoint: dict[str, Any] = {"state_dict": model.state_dict()}
+    checkpoint: dict[str, Any] = {"state_dict": model.state_dict(), WEIGHTS: weights_digest(model)}
     if optimizer is not None:
         checkpoint["optimizer"] = optimizer.state_dict()
     if training is not None:

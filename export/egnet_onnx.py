@@ -25,10 +25,12 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
+from export.checkpoint import weights_digest
 from export.egnet import EGNet, load_egnet
 from export.fp16 import TARGET, round_to_half
+from export.onnx_file import save_model
 from export.proof import Difference
-from export.to_onnx import OPSET, weights_digest
+from export.to_onnx import OPSET
 from runtime import __version__
 from runtime.contract import WEIGHTS, TensorSpec
 from runtime.errors import InputError, ModelError, OutputError
@@ -149,7 +151,7 @@ def write_onnx(network: EGNet, path: Path, provenance: dict[str, str] | None = N
     Args:
         network: in evaluation mode, in FP32 or from `half_precision`.
         path: the file to write.
-        provenance: notes for the model's `metadata_props`.
+        provenance: notes for the model's `metadata_props`; the file's digest comes beside them.
 
     Returns:
         The model that was written.
@@ -169,7 +171,7 @@ def write_onnx(network: EGNet, path: Path, provenance: dict[str, str] | None = N
     assert program is not None  # only the exporter of old returns None
     model = program.model_proto
     onnx.helper.set_model_props(model, provenance or {})
-    onnx.save(model, path)
+    save_model(model, path)
     return model
 
 

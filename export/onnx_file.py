@@ -1,4 +1,4 @@
-"""Reading ONNX files: bytes, tensors, metadata, shapes, the operations of every node, and sessions of ONNX Runtime.
+"""ONNX files, read and written: bytes, tensors, metadata, shapes, operations of every node, sessions of ONNX Runtime.
 
 The packages `onnx` and `onnxruntime` are imported when they are needed: TensorRT builds engines without them.
 """
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.contract import ExportKind, TensorSpec
+from runtime.contract import FILE_DIGEST, ExportKind, TensorSpec
 from runtime.errors import DependencyError, ModelError, one_line
+from runtime.files import UNSEALED, check_seal, seal
 
 if TYPE_CHECKING:
     import onnx
@@ -71,29 +72,31 @@ class Node:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of a file.
+    """The bytes of a file, checked against the digest in them, if there is one.
 
     Raises:
-        ModelError: it can't be read.
+        ModelError: it can't be read, or is damaged.
     """
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise ModelError(f"{path}: no such file") from error
     except OSError as error:
         raise ModelError(f"{path}: can't be read: {error.strerror or error}") from error
+    check_seal(path, data)
+    return data
 
 
 def load_model(path: Path, data: bytes | None = None, weights: bool = True) -> "onnx.ModelProto":
-    """The model of an ONNX file.
+    """The model of an ONNX file, without the file's digest.
 
     Args:
         path: the file.
-        data: its bytes, if they are read already.
+        data: its bytes, from `read_bytes`, if they are read already.
         weights: whether to read weights that are in files of their own.
 
     Raises:
-        ModelError: the file can't be read, or is not an ONNX model.
+        ModelError: the file can't be read, is damaged, or is not an ONNX model.
         DependencyError: onnx is not installed.
     """
     try:
@@ -107,7 +110,19 @@ def load_model(path: Path, data: bytes | None = None, weights: bool = True) -> "
             onnx.external_data_helper.load_external_data_for_model(model, str(path.parent))
     except Exception as error:  # protobuf's errors have no common base
         raise ModelError(f"{path}: not an ONNX model: {one_line(error)}") from error
+    notes = metadata(model)
+    if notes.pop(FILE_DIGEST, None) is not None:  # it is the file's, not that of a model which is made from this one
+        onnx.helper.set_model_props(model, notes)
     return model
+
+
+def save_model(model: "onnx.ModelProto", path: Path) -> None:
+    """Write a model as one ONNX file, weights inside, with the file's digest in its `metadata_props`."""
+    import onnx
+
+    onnx.helper.set_model_props(model, metadata(model) | {FILE_DIGEST: UNSEALED})
+    onnx.save(model, path)
+    onnx.helper.set_model_props(model, metadata(model) | {FILE_DIGEST: seal(path)})
 
 
 def tensors(model: "onnx.ModelProto") -> tuple[list[TensorSpec], list[TensorSpec]]:

@@ -26,9 +26,9 @@ from rich.progress import Progress
 from export.noise import ALLOWED_FLOORS, NEGLIGIBLE_MAX, NEGLIGIBLE_MEAN, with_winograd_noise
 from export.onnx_file import cpu_session, load_model, metadata, read_bytes, tensors
 from runtime import __version__
-from runtime.contract import SIZE, ExportKind, Interface, check_contract
+from runtime.contract import FILE_DIGEST, SIZE, ExportKind, Interface, check_contract
 from runtime.errors import DependencyError, ModelError, OutputError, how_to_install, one_line
-from runtime.files import replacing, same_file
+from runtime.files import UNSEALED, replacing, same_file, seal
 
 WORKER = Path(__file__).with_name("mnn_worker.py")
 GROUP_SIZES = (1, 2, 5, 12)
@@ -46,8 +46,8 @@ def build_mnn(onnx_path: Path, output: Path, progress: Progress | None = None) -
         progress: shows the steps; None for silence.
 
     Returns:
-        The notes in the file (MNN's `bizCode`): the versions, the ONNX file's SHA-256 and its metadata; and the file's
-        `kind` (see `ExportKind`), and `max` and `mean` of |Δ| between its outputs and ONNX Runtime's.
+        The notes in the file (MNN's `bizCode`): its digest, the versions, the ONNX file's SHA-256 and its metadata;
+        and the file's `kind` (see `ExportKind`), and `max` and `mean` of |Δ| between its outputs and ONNX Runtime's.
 
     Raises:
         ModelError: the file is not an exported ICNet, MNN can't convert or run it, or computes something else.
@@ -68,6 +68,7 @@ def build_mnn(onnx_path: Path, output: Path, progress: Progress | None = None) -
         "onnx": onnx_path.name,
         "onnx_sha256": hashlib.sha256(data).hexdigest(),
         "onnx_metadata": metadata(model),
+        FILE_DIGEST: UNSEALED,
     }
     progress = progress or Progress(disable=True)
     calls = sample_calls(interface)
@@ -92,6 +93,7 @@ def build_mnn(onnx_path: Path, output: Path, progress: Progress | None = None) -
                 f"{delta.max():.1e} at most and {delta.mean():.1e} on average, where rounding explains {most:.1e} and "
                 f"{mean:.1e}"
             )
+        notes[FILE_DIGEST] = seal(temporary)
     return notes | {"kind": interface.kind, "max": float(delta.max()), "mean": float(delta.mean())}
 
 

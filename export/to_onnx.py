@@ -14,7 +14,6 @@ if __name__ == "__main__":  # run as a script: the same as `icnet export`
     sys.exit(main(["export", *sys.argv[1:]]))
 
 import argparse
-import hashlib
 import logging
 import warnings
 from contextlib import ExitStack
@@ -25,10 +24,10 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from export.checkpoint import load_checkpoint
+from export.checkpoint import load_checkpoint, weights_digest
 from export.fp16 import half_precision
 from export.icnet import SIVS_PER_WIDTH, ICNet, Intra, Packed, Uint8Interface
-from export.onnx_file import TAKES
+from export.onnx_file import TAKES, save_model
 from export.proof import check, compare, table
 from export.reference import ReferenceICNet
 from export.samples import samples
@@ -61,7 +60,7 @@ def write_onnx(
         path: the file to write.
         kind: one of the file contract's; or `FLOAT32`, the authors' interface (ImageNet-normalised float32
             [N, 3, 224, 224] and [N, 1, 224, 224] → [N, 1, 224, 224]).
-        provenance: notes for the model's `metadata_props`.
+        provenance: notes for the model's `metadata_props`; the file's digest comes beside them.
 
     Returns:
         The model that was written.
@@ -86,17 +85,8 @@ def write_onnx(
     assert program is not None  # only the old exporter returns None
     model = program.model_proto
     onnx.helper.set_model_props(model, provenance or {})
-    onnx.save(model, path)
+    save_model(model, path)
     return model
-
-
-def weights_digest(network: torch.nn.Module) -> str:
-    """SHA-256 of a network's weights, by which its exports of any kind and precision know each other."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

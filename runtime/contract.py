@@ -13,6 +13,8 @@ SIZE = 224  # side of the network's input and output, pixels
 
 # Not needed to run: the digest of the network's weights. Files of the same network have the same digest.
 WEIGHTS = "weights_sha256"  # its key in an ONNX file's metadata
+# Nor this: the digest of the file, by which damage is noticed (see `runtime.files.seal`).
+FILE_DIGEST = "icnet_file_sha256"  # its key in an ONNX file's metadata, and in the notes in an MNN file
 ENGINE_NAME = "icnet "  # the digest follows this in the name of an engine from `icnet build`
 
 Dim = int | str | None  # a fixed size, or a named or anonymous dynamic one

@@ -3,13 +3,21 @@
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from runtime.contract import FILE_DIGEST
 from runtime.errors import InputError, ModelError, OutputError
+
+MAX_SEALED = 2**31  # bytes; protobuf ends there, so a larger file is none of ours
+UNSEALED = "0" * 64  # stands for a file's digest until the digest is known
+# As protobuf writes an entry of ONNX's metadata, or as JSON writes one of the notes in an MNN file. MNN's converter
+# copies ONNX's metadata in a third form, and with it the ONNX file's digest.
+SEAL = re.compile(FILE_DIGEST.encode() + rb'(?:\x12\x40|": ")(.{64})', re.DOTALL)
 
 
 @contextmanager
@@ -56,6 +64,63 @@ def check_model_file(path: Path) -> None:
     """Raise ModelError unless `path` is a file, whatever is in it."""
     if not path.is_file():
         raise ModelError(f"{path}: {'not a model file' if path.exists() else 'no such model file'}")
+
+
+def seal(path: Path) -> str:
+    """Write a model file's digest into it: over the digits of `UNSEALED` behind the key `FILE_DIGEST`.
+
+    The digest is the SHA-256 of the file's bytes, with 64 zeros in the digest's own place. So neither writing nor
+    checking it takes a parser, and it covers graph and weights alike.
+    """
+    data = path.read_bytes()
+    place = _seal(data)
+    assert place is not None, f"{path} has no {FILE_DIGEST}"
+    found = _unsealed_digest(data, place)
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(found.encode())
+    return found
+
+
+def check_seal(path: Path, data: bytes | None = None) -> None:
+    """Check a model file against the digest in it. A file without one passes: another tool's, or an older export.
+
+    Args:
+        path: an .onnx or .mnn file.
+        data: its bytes, if they are read already.
+
+    Raises:
+        ModelError: it can't be read, or is not as it was written.
+    """
+    if data is None:
+        check_model_file(path)
+        try:
+            if path.stat().st_size >= MAX_SEALED:
+                return
+            data = path.read_bytes()
+        except OSError as error:
+            raise ModelError(f"{path}: can't be read: {error.strerror or error}") from error
+    place = _seal(data)
+    if place is not None and data[place : place + len(UNSEALED)] != _unsealed_digest(data, place).encode():
+        raise ModelError(
+            f"{path}: damaged, or edited: it is not as it was written, by its own SHA-256; export or build it again "
+            f"(edited on purpose? Remove {FILE_DIGEST} from its metadata, or use Predictor(..., verify=False))"
+        )
+
+
+def _seal(data: bytes) -> int | None:
+    """Where the digits of a file's digest start, if it has one."""
+    key = data.rfind(FILE_DIGEST.encode())  # faster than to search for the pattern
+    found = SEAL.match(data, key) if key >= 0 else None
+    return found.start(1) if found else None
+
+
+def _unsealed_digest(data: bytes, place: int) -> str:
+    view = memoryview(data)
+    found = hashlib.sha256(view[:place])
+    found.update(UNSEALED.encode())
+    found.update(view[place + len(UNSEALED) :])
+    return found.hexdigest()
 
 
 def bank_files(path: Path) -> tuple[Path, Path]:

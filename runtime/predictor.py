@@ -18,7 +18,7 @@ from runtime.bank import Bank
 from runtime.bank_models import BankModels, differ, most_images
 from runtime.contract import INPUTS, ExportKind, TensorSpec
 from runtime.errors import ICNetError, InputError, ModelError
-from runtime.files import check_model_file
+from runtime.files import check_model_file, check_seal
 from runtime.pipeline import Pipeline, Task, restores
 from runtime.preprocess import ImageSource
 from runtime.threads import Workers
@@ -62,14 +62,17 @@ class Predictor:
         max_images: images in one call when groups are packed or run in chunks; a group that needs no chunks may be
             larger. None for the engine's largest size, or 32 with ONNX Runtime.
         max_delay_ms: packed models: the longest that a group which could start waits for groups of other threads.
+        verify: whether .onnx and .mnn files are checked against the SHA-256 that `icnet export`, `calibrate` and
+            `build` write into them. A file without one is accepted. An engine is compared with its sidecar, if it has
+            one, in any case.
 
     Attributes:
         path: the model's file, or the banked file of a bank export alone.
         pipeline: the way of groups through the models, for this package's commands; not part of the stable API.
 
     Raises:
-        ModelError: not a model file, or not an exported ICNet, or an engine that this TensorRT or GPU can't run; or
-            files that are not of one export.
+        ModelError: not a model file, or a damaged one, or not an exported ICNet, or an engine that this TensorRT or
+            GPU can't run; or files that are not of one export.
         DependencyError: the engine's packages are not installed, or there is no GPU.
         InputError: an argument is out of range.
     """
@@ -85,6 +88,7 @@ class Predictor:
         slots: int = 2,
         max_images: int | None = None,
         max_delay_ms: float = 0,
+        verify: bool = True,
     ) -> None:
         if bank is not None and not (isinstance(bank, tuple | list) and len(bank) == 2):
             raise InputError("bank: expected two paths, (intra, banked)")
@@ -109,6 +113,8 @@ class Predictor:
                 raise ModelError(
                     f"{path}: a checkpoint; export it first: icnet export --checkpoint {path} --output {onnx}"
                 )
+            if verify and path.suffix.lower() not in ENGINE_SUFFIXES:
+                check_seal(path)
             if path.suffix.lower() in ENGINE_SUFFIXES:
                 backend: Backend = TensorRTBackend(path, slots=slots, device=device)
             elif path.suffix.lower() == MNN_SUFFIX:

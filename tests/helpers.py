@@ -9,9 +9,10 @@ import onnx
 import pytest
 import torch
 
+from export.checkpoint import weights_digest
 from export.icnet import ICNet
 from export.to_mnn import convert
-from export.to_onnx import weights_digest, write_onnx
+from export.to_onnx import write_onnx
 from runtime.contract import INTERFACES, WEIGHTS, ExportKind
 
 DATA = Path(__file__).parent / "data"
@@ -42,6 +43,13 @@ def group(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [n, 224, 224, 3] and SISMs uint8 [n, 224, 224] of noise."""
     rng = np.random.default_rng((n, seed))
     return rng.integers(0, 256, (n, 224, 224, 3), np.uint8), rng.integers(0, 256, (n, 224, 224), np.uint8)
+
+
+def flipped(data: bytes, position: int, bit: int = 0) -> bytes:
+    """A copy with one bit flipped."""
+    copy = bytearray(data)
+    copy[position] ^= 1 << int(bit)
+    return bytes(copy)
 
 
 def damage(model: onnx.ModelProto) -> None:

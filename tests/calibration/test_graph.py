@@ -13,6 +13,7 @@ from onnx import numpy_helper
 from calibration.graph import ExportedModel, int8_share
 from export.icnet import ICNet
 from export.noise import FLOAT_LAYERS
+from export.onnx_file import save_model
 from export.samples import smooth_group
 from export.to_onnx import write_onnx
 from runtime import ModelError, Predictor
@@ -165,7 +166,7 @@ def test_models_that_can_not_be_calibrated(narrow, calibrated, tmp_path, checkpo
             tensor.name = "w"
     for node in renamed.graph.node:
         node.input[:] = ["w" if i == "network.vgg.vgg.0.weight" else i for i in node.input]
-    onnx.save(renamed, tmp_path / "renamed.onnx")
+    save_model(renamed, tmp_path / "renamed.onnx")
     for path, message in [
         (tmp_path / "int8.onnx", "is quantised already; calibrate the export"),
         (float_io, "export it with --io uint8"),

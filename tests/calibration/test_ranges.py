@@ -13,7 +13,7 @@ from calibration import ranges as ranges_module
 from calibration.graph import ExportedModel
 from calibration.groups import open_groups, read
 from calibration.ranges import METHODS, collect, histogram
-from export.onnx_file import cpu_session
+from export.onnx_file import cpu_session, save_model
 from export.samples import smooth_group
 from runtime import ModelError, Predictor
 from runtime.threads import Workers
@@ -41,7 +41,7 @@ def changed(source, path, **weights):
             array = numpy_helper.to_array(tensor).copy()
             change(array)
             tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
-    onnx.save(model, path)
+    save_model(model, path)
 
 
 def test_percentile_and_entropy_beat_min_max_where_an_activation_is_an_outlier(narrow, tmp_path):

@@ -14,6 +14,7 @@ from PIL import Image
 
 from evaluation.dataset import evaluate, find_dataset
 from evaluation.metrics import Scores
+from export.onnx_file import save_model
 from export.to_onnx import write_onnx
 from runtime import InputError, Predictor
 from runtime.errors import how_to_install
@@ -201,7 +202,7 @@ def test_a_group_that_the_model_can_not_run_is_named(icnet, dataset, tmp_path, n
     model = onnx.load(tmp_path / "one.onnx")
     for tensor in (*model.graph.input, *model.graph.output):
         tensor.type.tensor_type.shape.dim[0].dim_value = 2
-    onnx.save(model, tmp_path / "two.onnx")
+    save_model(model, tmp_path / "two.onnx")
     code, _, err = icnet("evaluate", dataset, "--models", tmp_path / "two.onnx", "--output", tmp_path / "r.json")
     assert code == 2
     assert err.startswith("icnet evaluate: error: data, group dogs: ")

@@ -4,6 +4,7 @@ import types
 import onnx
 import pytest
 
+from export.onnx_file import save_model
 from export.to_onnx import write_onnx
 from runtime.contract import ExportKind
 
@@ -63,5 +64,5 @@ def fixed_model(model_file, tmp_path):
         value.type.tensor_type.shape.dim[0].dim_value = 3
     path = tmp_path / "in" / "fixed.onnx"
     path.parent.mkdir()
-    onnx.save(model, path)
+    save_model(model, path)
     return path

@@ -1,12 +1,14 @@
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
-from export.checkpoint import load_backbone, load_checkpoint, save_checkpoint
+from export.checkpoint import load_backbone, load_checkpoint, read_checkpoint, save_checkpoint, weights_digest
 from export.icnet import ICNet
 from runtime import CheckpointError, OutputError
-from tests.helpers import random_network
+from runtime.contract import WEIGHTS
+from tests.helpers import flipped, random_network
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def test_written_in_the_authors_layout_with_the_optimiser(tmp_path):
     optimizer.step()
     save_checkpoint(tmp_path / "x.pth", model, optimizer)
     content = torch.load(tmp_path / "x.pth", weights_only=True)
-    assert set(content) == {"state_dict", "optimizer"}
+    assert set(content) == {"state_dict", WEIGHTS, "optimizer"}
     assert len(content["state_dict"]) == 190
     torch.optim.Adam(model.parameters()).load_state_dict(content["optimizer"])
     assert_same(load_checkpoint(tmp_path / "x.pth"), model.state_dict())
@@ -155,3 +157,41 @@ def test_backbones_that_do_not_fit(tmp_path):
         load_backbone(ICNet(), path)
     with pytest.raises(CheckpointError, match=r"misshapen 26 tensors: 0\.weight"):
         load_backbone(ICNet(0.25), save(tmp_path / "whole.pth", backbone()))
+
+
+def test_flipped_bits_are_noticed_or_change_nothing(tmp_path):
+    """Some bits of a zip archive belong to no tensor."""
+    path, network = tmp_path / "x.pth", random_network(1 / 32)
+    save_checkpoint(path, network)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    messages = []
+    for position, bit in zip(rng.integers(0, len(whole), 150), rng.integers(0, 8, 150), strict=True):
+        path.write_bytes(flipped(whole, position, bit))
+        try:
+            assert_same(load_checkpoint(path), network.state_dict())
+        except CheckpointError as error:
+            messages.append(str(error))
+    assert sum("x.pth: damaged, or edited" in message for message in messages) > 10
+
+
+def test_edited_tensors_need_a_new_digest(tmp_path):
+    path = tmp_path / "x.pth"
+    save_checkpoint(path, random_network(1 / 32))
+    content = torch.load(path, weights_only=True)
+    content["state_dict"]["vgg.vgg.0.bias"][0] += 1
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=rf"x\.pth: damaged, or edited: .* Remove {WEIGHTS} from its dict"):
+        load_checkpoint(path)
+    del content[WEIGHTS]
+    torch.save(content, path)
+    save_checkpoint(path, load_checkpoint(path))
+    assert_same(load_checkpoint(path), content["state_dict"])
+
+
+def test_the_digest_is_that_of_the_weights_in_fp32_however_they_are_stored(tmp_path):
+    network = random_network(1 / 32)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.half()
+    save_checkpoint(tmp_path / "x.pth", network)
+    assert read_checkpoint(tmp_path / "x.pth")[WEIGHTS] == weights_digest(load_checkpoint(tmp_path / "x.pth"))

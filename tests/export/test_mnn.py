@@ -11,10 +11,11 @@ import onnx
 import pytest
 
 from export import to_mnn
+from export.onnx_file import save_model
 from export.to_mnn import build_mnn, convert, sample_calls
 from runtime import DependencyError, ICNetError, ModelError, Predictor
 from runtime.backends.mnn import MnnBackend
-from runtime.contract import INTERFACES, WEIGHTS
+from runtime.contract import FILE_DIGEST, INTERFACES, WEIGHTS
 from runtime.errors import how_to_install
 from runtime.files import bank_files, digest
 from tests.helpers import convert_to_mnn, damage
@@ -48,7 +49,9 @@ def test_the_command_builds_a_file_that_says_what_it_was_made_from(icnet, export
     info = MNN.nn.load_module_from_file(str(path), ["images", "sisms"], ["maps"]).get_info()
     notes = json.loads(info["bizCode"])
     assert notes["onnx_sha256"] == digest(exports)
-    assert notes["onnx_metadata"] == {p.key: p.value for p in onnx.load(exports).metadata_props}
+    found = {p.key: p.value for p in onnx.load(exports).metadata_props}
+    assert notes["onnx_metadata"] | {FILE_DIGEST: found[FILE_DIGEST]} == found
+    assert FILE_DIGEST not in notes["onnx_metadata"]  # which is the ONNX file's alone
 
 
 def test_maps_are_those_of_onnx_runtime_whatever_the_order_of_sizes(exports, mnn_exports):
@@ -199,7 +202,7 @@ def in_int8(model):
 def test_models_that_can_not_be_built(icnet, exports, tmp_path, change, message):
     model = onnx.load(exports.with_name("icnet.banked.onnx") if change is fixed_bank else exports)
     change(model)
-    onnx.save(model, tmp_path / "m.onnx")
+    save_model(model, tmp_path / "m.onnx")
     assert message in refused(icnet, tmp_path)
 
 

@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 from rich.console import Console
 
+from export.onnx_file import save_model
 from export.tensorrt_api import gpu, layer_table
 from export.tensorrt_engine import Options, Profile, build_engine
 from runtime import InputError, ModelError, OutputError
@@ -203,7 +204,7 @@ def test_inspect_shows_half_precision(model_file, tmp_path):
     model.graph.node.insert(i, before)
     del model.graph.value_info[:]
     path = tmp_path / "half.onnx"
-    onnx.save(model, path)
+    save_model(model, path)
     layers = build_engine(path, tmp_path / "x.engine", ONE, Options(inspect=True))["layers"]
     precisions = [row[2] for row in layers["layers"] if row[1] == "CONVOLUTION"]
     assert precisions.count("FP16") == 1

@@ -14,7 +14,7 @@ from export.reference import ReferenceICNet
 from export.samples import samples, smooth_group
 from export.to_onnx import EXPORTS, write_onnx
 from runtime import ModelError
-from runtime.contract import INPUTS, OUTPUTS, ExportKind
+from runtime.contract import FILE_DIGEST, INPUTS, OUTPUTS, ExportKind
 from tests.helpers import build_with_tensorrt, random_network
 
 CASES = [(kind, width, "fp32") for kind in (ExportKind.PLAIN, ExportKind.FLOAT32) for width in (0.25, 1.0)]
@@ -93,7 +93,9 @@ def test_the_file_explains_itself(exported):
         assert onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type) == np.dtype(spec.dtype)
         shape = value.type.tensor_type.shape.dim
         assert [d.dim_param or d.dim_value for d in shape] == [sizes.get(d, d) for d in spec.shape]
-    assert {p.key: p.value for p in model.metadata_props} == {"precision": precision}
+    notes = {p.key: p.value for p in model.metadata_props}
+    assert len(notes.pop(FILE_DIGEST)) == 64
+    assert notes == {"precision": precision}
     assert not any(i.external_data for i in model.graph.initializer)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from export.to_onnx import weights_digest, write_onnx
+from export.checkpoint import weights_digest
+from export.onnx_file import save_model
+from export.to_onnx import write_onnx
 from runtime import Bank, InputError, ModelError, OutputError, Predictor
 from runtime.contract import WEIGHTS
 from runtime.files import bank_files
@@ -228,7 +230,7 @@ def test_a_bank_of_a_fixed_size(exports, tmp_path):
     intra, banked = bank_files(exports)
     model = onnx.load(banked)
     model.graph.input[2].type.tensor_type.shape.dim[0].dim_value = 3
-    onnx.save(model, tmp_path / "icnet.banked.onnx")
+    save_model(model, tmp_path / "icnet.banked.onnx")
     images, sisms = tensors(3)
     with Predictor(bank=(intra, tmp_path / "icnet.banked.onnx")) as predictor:
         assert len(predictor(images, sisms)) == 3

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from export.onnx_file import save_model
 from export.samples import smooth_group
 from export.to_onnx import write_onnx
 from runtime import InputError, ModelError, Predictor
@@ -262,7 +263,7 @@ def test_a_packed_model_that_gives_too_many_maps_is_an_error(exports, tmp_path):
     for node in model.graph.node:
         node.output[:] = ["other" if name == "maps" else name for name in node.output]
     model.graph.node.append(onnx.helper.make_node("Concat", ["other", "other"], ["maps"], axis=0))
-    onnx.save(model, tmp_path / "x.onnx")
+    save_model(model, tmp_path / "x.onnx")
     with Predictor(tmp_path / "x.onnx") as predictor:
         with pytest.raises(ModelError, match="gave 4 maps for 2 images"):
             predictor.predict_tensors(*tensors(2))

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from export.icnet import Uint8Interface
+from export.onnx_file import save_model
 from export.reference import ReferenceICNet
 from export.to_onnx import write_onnx
 from runtime import DependencyError, ICNetError, InputError, ModelError, Predictor
@@ -190,7 +191,7 @@ def test_a_model_is_a_path(model):
 
 def save(model, path):
     """Write a model in the format that the path's suffix names."""
-    onnx.save(model, path)
+    save_model(model, path)
     if path.suffix == ".mnn":
         convert_to_mnn(path)
     return path
@@ -250,7 +251,7 @@ def test_a_model_for_a_fixed_group_says_so(onnx_file, tmp_path, suffix):
 def test_a_model_that_computes_nan_is_an_error_not_a_map(onnx_file, tmp_path):
     model = onnx.load(onnx_file)
     damage(model)
-    onnx.save(model, tmp_path / "nan.onnx")
+    save_model(model, tmp_path / "nan.onnx")
     with Predictor(tmp_path / "nan.onnx") as predictor, pytest.raises(ModelError, match="NaN or infinite"):
         predictor.predict_tensors(*tensors(1))
 

@@ -12,7 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from export.to_onnx import weights_digest, write_onnx
+from export.checkpoint import weights_digest
+from export.onnx_file import save_model
+from export.to_onnx import write_onnx
 from runtime import DependencyError, ICNetError, InputError, ModelError, Predictor
 from runtime.errors import how_to_install
 from runtime.files import bank_files
@@ -299,7 +301,7 @@ def write_foreign(path, small_model):
         for i, name in enumerate(node.input):
             node.input[i] = "pictures" if name == "images" else name
     model.graph.input[0].name = "pictures"
-    onnx.save(model, path.with_suffix(".onnx"))
+    save_model(model, path.with_suffix(".onnx"))
     engine_file(path, path.with_suffix(".onnx"), PROFILES)
 
 
@@ -346,7 +348,7 @@ def test_an_engine_for_one_size(gpu, small_model, tmp_path):
     model = onnx.load(small_model)
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 3
-    onnx.save(model, tmp_path / "three.onnx")
+    save_model(model, tmp_path / "three.onnx")
     with Predictor(engine_file(tmp_path / "x.plan", tmp_path / "three.onnx", [(3, 3, 3)])) as predictor:
         assert len(predictor.predict_tensors(*group(3))) == 3
         with pytest.raises(ModelError, match="groups of 3 images, got 2"):

@@ -8,12 +8,13 @@ import torch
 
 from evaluation.dataset import evaluate, find_dataset
 from evaluation.metrics import Metrics
-from export.checkpoint import load_checkpoint
+from export.checkpoint import load_checkpoint, read_checkpoint, weights_digest
 from export.fp16 import half_precision
 from export.icnet import Uint8Interface
 from export.samples import smooth_group
 from export.to_onnx import write_onnx
 from runtime import Predictor
+from runtime.contract import WEIGHTS as DIGEST
 from tests.helpers import DATA
 
 WEIGHTS = Path(__file__).parents[2] / "weights"
@@ -38,6 +39,10 @@ def scores(tmp_path_factory) -> dict[str, Metrics]:
 
 def test_it_is_small():
     assert CHECKPOINT.stat().st_size <= 4e6
+
+
+def test_it_has_the_digest_of_its_weights():
+    assert read_checkpoint(CHECKPOINT)[DIGEST] == weights_digest(load_checkpoint(CHECKPOINT))
 
 
 def test_its_maps_are_better_than_the_sisms_that_it_is_given(scores):
