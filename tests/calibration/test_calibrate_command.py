@@ -7,6 +7,9 @@ import pytest
 
 from calibration.graph import int8_share
 from calibration.groups import open_groups
+from runtime import ModelError
+from runtime.files import check_seal
+from tests.helpers import flipped
 
 
 def test_icnet_calibrate_writes_a_file_that_explains_itself(icnet, narrow, groups, tmp_path):
@@ -20,6 +23,9 @@ def test_icnet_calibrate_writes_a_file_that_explains_itself(icnet, narrow, group
     assert (notes["precision"], notes["rest"], notes["width"]) == ("int8", "fp32", "0.0625")
     assert (notes["calibration_groups"], notes["calibration_images"]) == ("3", "6")
     assert len(notes["source_sha256"]) == len(notes["calibration_sha256"]) == 64
+    check_seal(output)
+    with pytest.raises(ModelError, match="damaged, or edited"):
+        check_seal(output, flipped(output.read_bytes(), output.stat().st_size // 2))
     assert float(notes["int8_share"]) == pytest.approx(int8_share(model), abs=1e-4)
     assert [p.name for p in output.parent.iterdir()] == [output.name]
     assert icnet("predict", groups, "--model", output, "--output", tmp_path / "maps")[0] == 0

@@ -16,8 +16,8 @@ from export.egnet import EGNet, load_egnet
 from export.egnet_onnx import check, compare, half_precision, samples, smooth_images, write_onnx
 from export.fp16 import TARGET
 from runtime import CheckpointError, ModelError
-from runtime.files import digest
-from tests.helpers import DATA, HAS_TENSORRT_RTX, random_network
+from runtime.files import check_seal, digest
+from tests.helpers import DATA, HAS_TENSORRT_RTX, flipped, random_network
 
 WIDTH = 1 / 16
 RELEASED = json.loads((DATA / "egnet_vgg_state_dict.json").read_text())
@@ -227,6 +227,9 @@ def test_what_is_in_the_graph(exported):
         if node.op_type in {"Sub", "Sigmoid"}:
             assert types[node.input[0]] == TensorProto.FLOAT
     assert {p.key: p.value for p in model.metadata_props}["precision"] == precision
+    check_seal(path)
+    with pytest.raises(ModelError, match="damaged, or edited"):
+        check_seal(path, flipped(path.read_bytes(), path.stat().st_size // 2))
 
 
 @pytest.mark.skipif(not HAS_TENSORRT_RTX, reason="tensorrt-rtx has no wheel for this platform")

@@ -15,7 +15,8 @@ from export.samples import samples, smooth_group
 from export.to_onnx import EXPORTS, write_onnx
 from runtime import ModelError
 from runtime.contract import FILE_DIGEST, INPUTS, OUTPUTS, ExportKind
-from tests.helpers import build_with_tensorrt, random_network
+from runtime.files import check_seal
+from tests.helpers import build_with_tensorrt, flipped, random_network
 
 CASES = [(kind, width, "fp32") for kind in (ExportKind.PLAIN, ExportKind.FLOAT32) for width in (0.25, 1.0)]
 CASES += [(ExportKind.PLAIN, 0.25, "fp16"), (ExportKind.PLAIN, 1.0, "fp16"), (ExportKind.FLOAT32, 0.25, "fp16")]
@@ -95,6 +96,9 @@ def test_the_file_explains_itself(exported):
         assert [d.dim_param or d.dim_value for d in shape] == [sizes.get(d, d) for d in spec.shape]
     notes = {p.key: p.value for p in model.metadata_props}
     assert len(notes.pop(FILE_DIGEST)) == 64
+    check_seal(path)
+    with pytest.raises(ModelError, match="damaged, or edited"):
+        check_seal(path, flipped(path.read_bytes(), path.stat().st_size // 2))
     assert notes == {"precision": precision}
     assert not any(i.external_data for i in model.graph.initializer)
     assert [p.name for p in path.parent.iterdir()] == [path.name]

@@ -117,7 +117,7 @@ def test_what_others_convert_has_no_digest(folder, tmp_path):
 @pytest.mark.parametrize(
     "command",
     [
-        "predict DATA/img --sisms builtin --model MODEL --output OUT",
+        "predict DATA/img/cats --sisms builtin --model MODEL --output OUT",
         "evaluate DATA --models MODEL --output OUT/r.json",
         "calibrate --onnx MODEL --groups DATA --output OUT/int8.onnx",
         "build --onnx MODEL --max 4 --output OUT/x.engine",
