@@ -1,6 +1,7 @@
 """Output files that are either whole or absent; digests and names of files."""
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -8,12 +9,12 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from runtime.contract import FILE_DIGEST
 from runtime.errors import InputError, ModelError, OutputError
 
-MAX_SEALED = 2**31  # bytes; protobuf ends there, so a larger file is none of ours
+TAIL = 1 << 16  # bytes at the end of a model file, in which its metadata are
 UNSEALED = "0" * 64  # stands for a file's digest until the digest is known
 # As protobuf writes an entry of ONNX's metadata, or as JSON writes one of the notes in an MNN file. MNN's converter
 # copies ONNX's metadata in a third form, and with it the ONNX file's digest.
@@ -72,11 +73,10 @@ def seal(path: Path) -> str:
     The digest is the SHA-256 of the file's bytes, with 64 zeros in the digest's own place. So neither writing nor
     checking it takes a parser, and it covers graph and weights alike.
     """
-    data = path.read_bytes()
-    place = _seal(data)
-    assert place is not None, f"{path} has no {FILE_DIGEST}"
-    found = _unsealed_digest(data, place)
     with path.open("r+b") as file:
+        place = _seal(file)
+        assert place is not None, f"{path} has no {FILE_DIGEST}"
+        found, _ = _digests(file, place)
         file.seek(place)
         file.write(found.encode())
     return found
@@ -94,33 +94,40 @@ def check_seal(path: Path, data: bytes | None = None) -> None:
     """
     if data is None:
         check_model_file(path)
-        try:
-            if path.stat().st_size >= MAX_SEALED:
-                return
-            data = path.read_bytes()
-        except OSError as error:
-            raise ModelError(f"{path}: can't be read: {error.strerror or error}") from error
-    place = _seal(data)
-    if place is not None and data[place : place + len(UNSEALED)] != _unsealed_digest(data, place).encode():
+    try:
+        with path.open("rb") if data is None else io.BytesIO(data) as file:
+            place = _seal(file)
+            found, stored = _digests(file, place) if place is not None else ("", "")
+    except OSError as error:
+        raise ModelError(f"{path}: can't be read: {error.strerror or error}") from error
+    if found != stored:
         raise ModelError(
             f"{path}: damaged, or edited: it is not as it was written, by its own SHA-256; export or build it again "
             f"(edited on purpose? Remove {FILE_DIGEST} from its metadata, or use Predictor(..., verify=False))"
         )
 
 
-def _seal(data: bytes) -> int | None:
-    """Where the digits of a file's digest start, if it has one."""
-    key = data.rfind(FILE_DIGEST.encode())  # faster than to search for the pattern
-    found = SEAL.match(data, key) if key >= 0 else None
-    return found.start(1) if found else None
+def _seal(file: BinaryIO) -> int | None:
+    """Where the digits of a file's digest start, if it has one; metadata come last in both formats."""
+    start = max(file.seek(0, os.SEEK_END) - TAIL, 0)
+    file.seek(start)
+    tail = file.read()
+    found = SEAL.match(tail, max(tail.rfind(FILE_DIGEST.encode()), 0))
+    return start + found.start(1) if found else None
 
 
-def _unsealed_digest(data: bytes, place: int) -> str:
-    view = memoryview(data)
-    found = hashlib.sha256(view[:place])
-    found.update(UNSEALED.encode())
-    found.update(view[place + len(UNSEALED) :])
-    return found.hexdigest()
+def _digests(file: BinaryIO, place: int) -> tuple[str, str]:
+    """The digest of a file as it is, and the one that is stored at `place`."""
+    file.seek(place)
+    stored = file.read(len(UNSEALED))
+    found, buffer, at = hashlib.sha256(), bytearray(1 << 20), 0
+    file.seek(0)
+    while n := file.readinto(buffer):  # type: ignore[attr-defined]  # binary files have it; BinaryIO does not say so
+        for i in range(max(place - at, 0), min(place + len(UNSEALED) - at, n)):
+            buffer[i] = ord("0")
+        found.update(memoryview(buffer)[:n])
+        at += n
+    return found.hexdigest(), stored.decode("ascii", "replace")
 
 
 def bank_files(path: Path) -> tuple[Path, Path]:
