@@ -121,7 +121,7 @@ def save_model(model: "onnx.ModelProto", path: Path) -> None:
     import onnx
 
     onnx.helper.set_model_props(model, metadata(model) | {FILE_DIGEST: UNSEALED})
-    onnx.save(model, path)
+    write_bytes(path, model.SerializeToString())
     onnx.helper.set_model_props(model, metadata(model) | {FILE_DIGEST: seal(path)})
 
 
