@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -85,14 +86,14 @@ def test_a_short_write_is_an_error(tmp_path, monkeypatch):
 
 
 def test_the_next_run_sweeps_what_a_killed_one_left_but_not_what_a_living_one_writes(tmp_path, monkeypatch):
-    killed = subprocess.run(python(KILLED, tmp_path / "a.png"), capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL
-    left = tmp_path / killed.stdout.strip()
     others = tmp_path / ".icnet-notes.png"
     others.write_text("a user's")
     with subprocess.Popen(python(KILLED, tmp_path / "a.png", "wait"), stdout=subprocess.PIPE, text=True) as living:
         assert living.stdout is not None
         temporary = tmp_path / living.stdout.readline().strip()
+        killed = subprocess.run(python(KILLED, tmp_path / "a.png"), capture_output=True, text=True, check=False)
+        assert killed.returncode == -signal.SIGKILL
+        left = tmp_path / killed.stdout.strip()
         assert left.read_text() == temporary.read_text() == "half"
         monkeypatch.setattr(files, "_swept", set())
         with replacing(tmp_path / "b.png") as mine:
@@ -113,10 +114,9 @@ def test_a_temporary_file_that_is_swept_before_it_is_locked_is_made_anew(tmp_pat
     flock, swept = files.fcntl.flock, []
 
     def overtaken(descriptor, operation):
-        path = os.readlink(f"/proc/self/fd/{descriptor}")
         if not swept:
-            swept.append(path)
-            os.unlink(path)
+            swept.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+            swept[0].unlink()
         flock(descriptor, operation)
 
     monkeypatch.setattr(files.fcntl, "flock", overtaken)

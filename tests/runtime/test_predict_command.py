@@ -245,7 +245,7 @@ def test_an_interrupted_write_leaves_nothing_half_written(model_file, dataset, t
     fsync = os.fsync
 
     def full_disk(descriptor):
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
         if path.parent.name == "dogs" and path.suffix != ".json":
             raise OSError(28, "No space left on device")
         fsync(descriptor)
