@@ -78,13 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     prog = f"icnet {name}"
     module_name, extra, text = COMMANDS[name]
     try:
-        with _sigterm_like_ctrl_c():
+        with _sigterm_like_ctrl_c() as received:
             module = _load(module_name, extra)
             parser = Parser(prog=prog, description=text[0].upper() + text[1:] + ".")
             module.add_arguments(parser)
             options = parser.parse_args(words[len(name.split()) :])
             warnings.filterwarnings("ignore", module="PIL")  # what matters of it is an error of ours
-            return int(module.run(options))
+            code = int(module.run(options))
+            return 128 + signal.SIGTERM if received and code == 128 + signal.SIGINT else code  # what it had was kept
     except (ICNetError, OSError, MemoryError) as error:  # the system's errors carry what they are about
         return _failed(prog, str(error) or "out of memory")
     except KeyboardInterrupt as stopped:
@@ -93,19 +94,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @contextmanager
-def _sigterm_like_ctrl_c() -> Iterator[None]:
-    """Raise `Terminated` on SIGTERM, so that temporary files are deleted; not where SIGTERM is handled or ignored."""
+def _sigterm_like_ctrl_c() -> Iterator[list[int]]:
+    """Raise `Terminated` on SIGTERM, so that temporary files are deleted; not where SIGTERM is handled or ignored.
 
-    def stop(*_: object) -> None:
+    Yields a list that gets an entry then.
+    """
+    received: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        received.append(number)
         raise Terminated
 
     main_thread = threading.current_thread() is threading.main_thread()  # the only one that may set handlers
     if not main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
+        yield received
         return
     signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        yield received
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -47,8 +47,8 @@ def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[Path | None],
     there = any(isinstance(identity, tuple) for identity in written)
     for one in read:
         for file in (one, *(_images(one) if there else ())):
-            if path := written.get(_identity(file)):
-                raise OutputError(f"{path}: is an input of this run; choose another name")
+            if output := written.get(_identity(file)):
+                raise OutputError(f"{output}: is an input of this run; choose another name")
     filled = {_identity(folder): folder for folder in folders}
     holders = {place.parent: file for file in read for place in (Path(os.path.realpath(file)), file)} if filled else {}
     for holder, file in holders.items():

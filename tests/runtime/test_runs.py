@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
@@ -15,7 +16,7 @@ from export.to_onnx import write_onnx
 from runtime import ModelError, Predictor
 from runtime.backends.onnx import OnnxBackend
 from runtime.files import bank_files
-from tests.helpers import random_network, write_exports
+from tests.helpers import random_network
 
 BUILTIN = ("--sisms", "builtin")
 STOPPED = """
@@ -263,14 +264,14 @@ def test_what_is_no_folder_fails_its_group_only(predict, tmp_path, put):
     assert (tmp_path / "out/dogs/d.png").exists()
 
 
-@pytest.mark.parametrize("role", ["model", "intra", "banked"])
-@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize(
+    ("plain", "role"), [(True, "model"), (True, "intra"), (True, "banked"), (False, "intra"), (False, "banked")]
+)
 def test_resume_sees_every_file_of_the_model(icnet, data, tmp_path, exports, role, plain):
-    other = write_exports(tmp_path, random_network(1 / 32, seed=7))
+    """Also where all that is noted in the file stays the same."""
     model = tmp_path / "model/icnet.onnx"
     model.parent.mkdir()
     files = dict(zip(("model", "intra", "banked"), (exports, *bank_files(exports)), strict=True))
-    changed = dict(zip(("model", "intra", "banked"), (other, *bank_files(other)), strict=True))
     if not plain:
         del files["model"]
     for path in files.values():
@@ -278,11 +279,12 @@ def test_resume_sees_every_file_of_the_model(icnet, data, tmp_path, exports, rol
     words = ("predict", data, "--model", model, *BUILTIN, "--output", tmp_path / "out")
     assert icnet(*words)[0] == 0
     assert "2 of 2 groups were finished already" in icnet(*words, "--resume")[1]
-    if role not in files:
-        return
-    shutil.copy(changed[role], model.with_name(files[role].name))
-    with_other = icnet(*words, "--resume")
-    assert "finished already" not in with_other[1]
+    changed = onnx.load(files[role])
+    changed.doc_string = "another file"
+    onnx.save(changed, model.with_name(files[role].name))
+    code, text, _ = icnet(*words, "--resume")
+    assert code == 0
+    assert "finished already" not in text
 
 
 def test_the_bank_is_not_written_over_the_models_that_make_it(icnet, data, tmp_path, exports):
