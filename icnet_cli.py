@@ -5,9 +5,12 @@ import importlib
 import importlib.util
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +43,10 @@ COMMANDS = {
 FAMILIES = {"bench": "speed and memory on this machine", "data": "groups made by cut and paste, and what they need"}
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: everything that cleans up on Ctrl-C does so for it."""
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors take one line."""
 
@@ -52,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `icnet`; returns its exit code.
 
     0, or what the command returned; 2 for bad options or an error of ours, which is printed as one line; 130 if
-    interrupted.
+    interrupted by Ctrl-C, 143 by SIGTERM.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is no reason to fail
@@ -71,17 +78,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     prog = f"icnet {name}"
     module_name, extra, text = COMMANDS[name]
     try:
-        module = _load(module_name, extra)
-        parser = Parser(prog=prog, description=text[0].upper() + text[1:] + ".")
-        module.add_arguments(parser)
-        options = parser.parse_args(words[len(name.split()) :])
-        warnings.filterwarnings("ignore", module="PIL")  # what matters of it is an error of ours
-        return int(module.run(options))
+        with _sigterm_like_ctrl_c() as received:
+            module = _load(module_name, extra)
+            parser = Parser(prog=prog, description=text[0].upper() + text[1:] + ".")
+            module.add_arguments(parser)
+            options = parser.parse_args(words[len(name.split()) :])
+            warnings.filterwarnings("ignore", module="PIL")  # what matters of it is an error of ours
+            code = int(module.run(options))
+            return 128 + signal.SIGTERM if received and code == 128 + signal.SIGINT else code  # what it had was kept
     except (ICNetError, OSError, MemoryError) as error:  # the system's errors carry what they are about
         return _failed(prog, str(error) or "out of memory")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print(f"\n{prog}: stopped", file=sys.stderr)
-        return 130
+        return 128 + (signal.SIGTERM if isinstance(stopped, Terminated) else signal.SIGINT)
+
+
+@contextmanager
+def _sigterm_like_ctrl_c() -> Iterator[list[int]]:
+    """Raise `Terminated` on SIGTERM, so that temporary files are deleted; not where SIGTERM is handled or ignored.
+
+    Yields a list that gets an entry then.
+    """
+    received: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        received.append(number)
+        raise Terminated
+
+    main_thread = threading.current_thread() is threading.main_thread()  # the only one that may set handlers
+    if not main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield received
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def shadowed(*packages: str) -> str | None:

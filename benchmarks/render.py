@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table as Grid
 
 from benchmarks.timing import line
+from runtime.files import write_picture
 
 NOTHING = "–"
 WHY = 160  # characters of why something did not run
@@ -181,4 +182,4 @@ def to_png(plot: Plot, path: Path, metadata: dict[str, str] | None = None) -> No
             for handle, series in zip(legend.legend_handles, filter(lambda s: s.label, panel.series), strict=True):
                 if series.areas is not None:
                     handle.set_sizes([40])
-    figure.savefig(path, dpi=120, metadata=metadata)
+    write_picture(path, figure.savefig, dpi=120, metadata=metadata)

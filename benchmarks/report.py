@@ -16,7 +16,7 @@ from benchmarks.describe import PAGES, summary
 from benchmarks.records import load
 from benchmarks.render import Page, Plot, to_markdown, to_png
 from runtime import InputError
-from runtime.files import digest, replacing
+from runtime.files import digest, replacing, write_bytes
 
 DOCUMENTS = [Path("docs/benchmarks.md"), Path("README.md")]
 RESULTS = Path("benchmarks/results")
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
             to_png(plot, temporary, {"Source": digest(path.with_suffix(".json"))})
     for document, text in texts.items():
         with replacing(document) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            write_bytes(temporary, text.encode())
     for path in (*texts, *stale):
         print(f"{path}: written")
     return 0

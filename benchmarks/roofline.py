@@ -37,7 +37,7 @@ from export.onnx_file import Node, count, cpu_session, load_model
 from runtime import InputError, ModelError, Predictor
 from runtime.contract import SIZE
 from runtime.errors import one_line
-from runtime.files import digest, same_file
+from runtime.files import digest
 from runtime.predictor import MAX_THREADS
 from runtime.threads import cores
 
@@ -86,8 +86,6 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--checkpoint: a MODEL has its own weights; give one of the two")
     if args.card and args.plot:
         raise InputError("--plot: nothing is measured with --card; give one of the two")
-    if args.output and args.plot and same_file(args.output, args.plot):
-        raise InputError(f"{args.plot}: --output and --plot are the same file")
     console = wide_console()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     results: dict[str, Any] = {}

@@ -80,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
     def measured() -> bool:
         return any(found["sizes"] for found in models)
 
-    with recording(results, args.output, inputs=args.models, keep=measured, console=console) as progress:
+    read = [*args.models, *(file for model in args.models for file in bank_files(model))]
+    with recording(results, args.output, inputs=read, keep=measured, console=console) as progress:
         for label, path in zip(labels(args.models), args.models, strict=True):
             found: ScaledModel = {"name": label, "sha256": digest(path), "sizes": [], "not_run": {}}
             models.append(found)

@@ -31,7 +31,7 @@ from benchmarks.render import to_terminal, wide_console
 from benchmarks.runners import Setting, inputs, load
 from evaluation.record import labels, recording
 from runtime import ICNetError, InputError, Predictor
-from runtime.files import digest
+from runtime.files import digest, write_bytes
 from runtime.groups import find_groups
 from runtime.predictor import MAX_THREADS
 from runtime.threads import cores
@@ -93,7 +93,11 @@ def run(args: argparse.Namespace) -> int:
     }
     console = wide_console()
     setting = Setting(Path(), args.threads, [*histogram], args.device)
-    saved = {args.save_sizes: lambda path: path.write_text(json.dumps(histogram) + "\n")} if args.save_sizes else {}
+    saved = (
+        {args.save_sizes: lambda path: write_bytes(path, (json.dumps(histogram) + "\n").encode())}
+        if args.save_sizes
+        else {}
+    )
 
     def measured() -> bool:
         return any(found["streams"] for found in models)

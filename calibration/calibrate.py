@@ -32,8 +32,8 @@ from evaluation.metrics import Metrics
 from export.onnx_file import save_model
 from runtime import __version__
 from runtime.commands.predict import BUILTIN, sism_folder
-from runtime.errors import DependencyError, InputError, OutputError, how_to_install
-from runtime.files import digest, replacing, same_file, write_json
+from runtime.errors import DependencyError, InputError, how_to_install
+from runtime.files import check_outputs, digest, replacing, same_file, write_json
 from runtime.predictor import MAX_THREADS
 
 ENOUGH = 8  # groups; see the curve in the README
@@ -235,10 +235,8 @@ def _check(args: argparse.Namespace) -> None:
     if args.validation and same_file(args.validation, args.groups):
         raise InputError(f"{args.validation}: is what the model is calibrated on; validate on other groups")
     written = [args.output, args.cache, args.plot, _plan_file(args) if args.max_drop is not None else None]
-    paths = [path for path in written if path]
-    for i, path in enumerate(paths):
-        if any(same_file(path, other) for other in (args.onnx, args.precision_plan, *paths[:i]) if other):
-            raise OutputError(f"{path}: is another file of this run; choose another name")
+    sisms = None if args.sisms in (None, BUILTIN) else Path(args.sisms)
+    check_outputs(written, [args.onnx, args.precision_plan, args.groups, sisms, args.validation])
     if args.plot:
         try:
             import matplotlib  # noqa: F401

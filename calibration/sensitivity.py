@@ -20,6 +20,7 @@ from calibration.ranges import Ranges
 from evaluation.dataset import Dataset, evaluate
 from evaluation.metrics import Metrics
 from runtime.errors import InputError
+from runtime.files import write_picture
 from runtime.predictor import Predictor
 
 CURVE = (0.25, 0.5, 0.75)  # the plot shows models with at most these shares of int8 operations
@@ -195,4 +196,4 @@ def draw(plan: PrecisionPlan, model: ExportedModel, path: Path) -> None:
     right.scatter([100 * model.share([n]) for n, _ in costs], [p.loss for _, p in costs], s=12)
     right.axhline(0, color="0.7", zorder=0)
     right.set(xlabel="a layer's share of the operations, %", title="loss when it alone is int8", xscale="log")
-    figure.savefig(path, dpi=120)
+    write_picture(path, figure.savefig, dpi=120)

@@ -25,7 +25,7 @@ from evaluation.metrics import BETA2, TITLES, Metrics
 from evaluation.record import SISMS, labels, recording, versions
 from runtime import DependencyError, InputError, Predictor
 from runtime.errors import how_to_install
-from runtime.files import bank_files, digest, same_file
+from runtime.files import bank_files, check_outputs, digest, same_file, write_picture
 from training.groups import add_group_arguments, add_material_arguments
 
 PACKAGES = ("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")  # scores depend on them
@@ -99,7 +99,7 @@ class Results:
             texts = [axes.set_title("-"), *legend.get_texts()]
             for text, name in zip(texts, [dataset.name, *(row.name for row in dataset.maps)], strict=True):
                 text.set(text=name, parse_math=False)  # a name may hold a $, or start with the _ that hides a line
-        figure.savefig(path, dpi=150)
+        write_picture(path, figure.savefig, dpi=150)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -172,8 +172,8 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         others[args.plot] = lambda path: results.draw(path)
     if args.picture:
-        others[args.picture] = lambda path: picture.save(path, quality=90)
-    with recording(record, args.output, inputs=_models(args), others=others) as progress:
+        others[args.picture] = lambda path: write_picture(path, picture.save, quality=90)
+    with recording(record, args.output, inputs=_inputs(datasets, args), others=others) as progress:
         if args.corrupt_sisms is not None:
             results = corrupted_sisms.measure(args, progress)
         elif args.bank_sizes is not None:
@@ -272,6 +272,13 @@ def _models(args: argparse.Namespace) -> list[Path]:
     return args.models if args.bank_sizes is None else [*bank_files(args.models[0])]
 
 
+def _inputs(datasets: list[Dataset], args: argparse.Namespace) -> list[Path | None]:
+    """Everything that is read."""
+    sisms = [Path(dataset.sisms) for dataset in datasets if dataset.sisms is not None]
+    folders = [dataset.path / kind for dataset in datasets for kind in ("img", "gt")]
+    return [*_models(args), *folders, *sisms, args.cutouts, args.backgrounds]
+
+
 def _check_paths(args: argparse.Namespace) -> None:
     model = "model file or folder of maps" if args.data else "model file"
     for what, paths in ((model, _models(args)), ("data set", args.data)):
@@ -286,9 +293,7 @@ def _check_paths(args: argparse.Namespace) -> None:
     for option, suffixes in {"--plot": PLOTS, "--picture": PICTURES}.items():
         if option in named and named[option].suffix.lower() not in suffixes:
             raise InputError(f"{named[option]}: {option} writes {', '.join(sorted(suffixes))}")
-    for (one, first), (other, second) in combinations(named.items(), 2):
-        if same_file(first, second):
-            raise InputError(f"{second}: {one} and {other} are the same file")
+    check_outputs(outputs.values(), _models(args))
     if args.plot:
         try:
             import matplotlib  # noqa: F401

@@ -21,7 +21,7 @@ from evaluation.record import SISMS
 from runtime import Bank, InputError, Predictor
 from runtime.commands.contact_sheet import contact_sheet
 from runtime.contract import SIZE
-from runtime.files import bank_files, digest
+from runtime.files import bank_files, digest, write_picture
 from training.groups import find_material
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Results:
             axes.set_xticks(self.sizes, [str(size) for size in self.sizes])
             axes.minorticks_off()
         axes.legend()
-        figure.savefig(path, dpi=120)
+        write_picture(path, figure.savefig, dpi=120)
 
 
 def measure(args: argparse.Namespace, progress: Progress) -> tuple[Results, Image.Image]:

@@ -21,7 +21,7 @@ from rich.table import Table
 from evaluation.metrics import TITLES, Scores
 from evaluation.record import SISMS, labels
 from runtime import InputError, Predictor
-from runtime.files import digest
+from runtime.files import digest, write_picture
 from training.groups import find_material
 
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8)
@@ -71,7 +71,7 @@ class Results:
                     axes.plot([100 * s for s in self.shares], values, style, marker="o", label=label)
             axes.set(xlabel="corrupted SISMs in a group, %", title=TITLES[key], ylim=(0, None))
         axes.legend()
-        figure.savefig(path, dpi=120)
+        write_picture(path, figure.savefig, dpi=120)
 
 
 def measure(args: argparse.Namespace, progress: Progress) -> Results:

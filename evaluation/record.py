@@ -10,8 +10,8 @@ from typing import Any, cast
 from rich.console import Console
 from rich.progress import Progress
 
-from runtime import OutputError, __version__
-from runtime.files import replacing, same_file, write_json
+from runtime import __version__
+from runtime.files import check_outputs, replacing, write_json
 
 SISMS = "SISMs"  # the baseline's name in the results
 
@@ -49,7 +49,7 @@ def recording(
     Args:
         results: what the block fills in; its "interrupted" is set if Ctrl-C ends the block and there is `keep`.
         output: where they are written to as JSON; None for nowhere.
-        inputs: files that are read, which no output may replace.
+        inputs: files and folders that are read, which no output may replace (see `check_outputs`).
         others: more files, such as plots, each with the function that writes it to the (temporary) path it is given.
         keep: whether there is something to keep after Ctrl-C; without it, or if not, nothing is written.
         console: where progress is shown, if it is a terminal.
@@ -58,15 +58,13 @@ def recording(
         The progress bars, to add tasks to.
 
     Raises:
-        OutputError: an output is one of the inputs, or can't be written.
+        OutputError: an output is one of the inputs, is named twice, or can't be written.
         KeyboardInterrupt: there was nothing to keep.
     """
     writers = dict(others or {})
+    check_outputs([*writers, output], inputs)
     if output:
         writers[output] = lambda path: write_json(path, results)
-    for path in writers:
-        if any(same_file(path, other) for other in inputs if other):
-            raise OutputError(f"{path}: is an input of this run; choose another name for the results")
     console = console or Console()
     with ExitStack() as stack:
         temporary = {path: stack.enter_context(replacing(path)) for path in writers}

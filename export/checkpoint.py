@@ -10,6 +10,7 @@ import os
 import pickle
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from export.icnet import WIDTH_STEPS, ICNet
 from runtime.contract import WEIGHTS
 from runtime.errors import CheckpointError
-from runtime.files import replacing
+from runtime.files import encoded, replacing, write_bytes
 
 MAX_WIDTH = 16  # the paper's is 1; a file that claims more than this is damaged
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -147,7 +148,7 @@ def save_checkpoint(
     if training is not None:
         checkpoint["training"] = dict(training)
     with replacing(path) as temporary:
-        torch.save(checkpoint, temporary)
+        write_bytes(temporary, encoded(partial(torch.save, checkpoint)))
 
 
 def load_backbone(model: ICNet, path: str | os.PathLike[str]) -> None:

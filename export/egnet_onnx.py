@@ -33,8 +33,8 @@ from export.proof import Difference
 from export.to_onnx import OPSET
 from runtime import __version__
 from runtime.contract import WEIGHTS, TensorSpec
-from runtime.errors import InputError, ModelError, OutputError
-from runtime.files import digest, replacing, same_file
+from runtime.errors import InputError, ModelError
+from runtime.files import check_outputs, digest, replacing
 
 INPUT = TensorSpec("images", "uint8", ("B", "H", "W", 3))  # RGB, any height and width
 OUTPUT = TensorSpec("sisms", "float32", ("B", "H", "W"))  # in [0, 1]
@@ -274,8 +274,7 @@ def run(args: argparse.Namespace) -> int:
     for option, given in (("--packed", args.packed), ("--banked", args.banked), ("--io float32", args.io != "uint8")):
         if given:
             raise InputError(f"{option}: not with --network egnet, which takes single images as uint8")
-    if same_file(args.checkpoint, args.output):
-        raise OutputError(f"{args.output}: is the checkpoint itself; choose another --output")
+    check_outputs([args.output], [args.checkpoint])
     console = Console()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision's operators are not there
     network = load_egnet(args.checkpoint)

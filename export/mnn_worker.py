@@ -1,8 +1,8 @@
-"""python export/mnn_worker.py FOLDER MODEL.mnn: MNN's part of `export.to_mnn`.
+"""python export/mnn_worker.py FOLDER: MNN's part of `export.to_mnn`.
 
 It is a process of its own because MNN's converter prints without restraint and crashes on some graphs. FOLDER has
 model.onnx; notes.json, which the file will carry; and calls.npz with an array `NUMBER/TENSOR` for each input of each
-call. Their outputs go to outputs.npz, as `NUMBER`.
+call. The converted model goes to model.mnn, the calls' outputs to outputs.npz, as `NUMBER`.
 """
 
 import os
@@ -12,15 +12,16 @@ from pathlib import Path
 import numpy as np
 
 
-def main(folder: Path, output: Path) -> None:
+def main(folder: Path) -> None:
     """Convert the model, then run the calls; ends with exit code 1 and a message if either fails."""
     import _tools  # MNN's converter; its command line would install a package and report to its makers
     import MNN
 
+    output = folder / "model.mnn"
     arguments = {"-f": "ONNX", "--modelFile": folder / "model.onnx", "--MNNModel": output}
     arguments["--bizCode"] = (folder / "notes.json").read_text(encoding="utf-8")
     _tools.mnnconvert(["", *(str(text) for pair in arguments.items() for text in pair)])
-    if not output.stat().st_size:
+    if not output.is_file() or not output.stat().st_size:
         sys.exit("MNN's converter refused it")
     interpreter = MNN.Interpreter(str(output))
     session = interpreter.createSession({"backend": "CPU", "numThread": os.cpu_count() or 1, "precision": "normal"})
@@ -45,4 +46,4 @@ def main(folder: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main(Path(sys.argv[1]))

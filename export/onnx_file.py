@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from runtime.contract import FILE_DIGEST, ExportKind, TensorSpec
 from runtime.errors import DependencyError, ModelError, one_line
-from runtime.files import UNSEALED, check_seal, seal
+from runtime.files import UNSEALED, check_seal, seal, write_bytes
 
 if TYPE_CHECKING:
     import onnx
@@ -121,7 +121,7 @@ def save_model(model: "onnx.ModelProto", path: Path) -> None:
     import onnx
 
     onnx.helper.set_model_props(model, metadata(model) | {FILE_DIGEST: UNSEALED})
-    onnx.save(model, path)
+    write_bytes(path, model.SerializeToString())
     onnx.helper.set_model_props(model, metadata(model) | {FILE_DIGEST: seal(path)})
 
 

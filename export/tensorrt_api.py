@@ -92,20 +92,29 @@ def make_monitor(trt: Any, progress: Progress) -> Any:
 
 
 @contextmanager
-def cancelled_by_ctrl_c(monitor: Any) -> Iterator[None]:
-    """Let Ctrl-C only tell the monitor: KeyboardInterrupt must not be raised through TensorRT's C++."""
+def cancelled_by_signals(monitor: Any) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM only tell the monitor, and take effect after the block.
+
+    No exception must be raised through TensorRT's C++.
+    """
     if threading.current_thread() is not threading.main_thread():  # other threads get no signals
         yield
         return
 
-    def cancel(*_: object) -> None:
-        monitor.cancelled = True
+    received: list[int] = []
 
-    previous = signal.signal(signal.SIGINT, cancel)
+    def cancel(number: int, _: object) -> None:
+        monitor.cancelled = True
+        received.append(number)
+
+    before = {number: signal.signal(number, cancel) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        signal.raise_signal(received[0])
 
 
 def parse(trt: Any, logger: Any, path: Path, data: bytes) -> tuple[Any, Any, Any]:

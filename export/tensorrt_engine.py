@@ -19,8 +19,8 @@ from export import tensorrt_api as api
 from export.onnx_file import load_model, metadata, read_bytes, tensors
 from runtime import __version__
 from runtime.contract import BANK, ENGINE_NAME, FLOAT_INPUTS, FLOAT_OUTPUTS, INPUTS, WEIGHTS, TensorSpec, check_contract
-from runtime.errors import DependencyError, InputError, ModelError, OutputError
-from runtime.files import remove, replacing, same_file
+from runtime.errors import DependencyError, InputError, ModelError
+from runtime.files import check_outputs, remove, replacing, write_bytes
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ def build_engine(
     data = read_bytes(onnx_path)
     if not profiles:
         raise InputError("no profile: an engine needs at least one range of group sizes")
-    if same_file(output, onnx_path):
-        raise OutputError(f"{output}: is the model itself; give the engine another name")
+    sidecar = output.with_name(output.name + ".json")
+    check_outputs([output, sidecar, options.timing_cache], [onnx_path])
     _check_options(trt, options)
     cached = read_bytes(options.timing_cache) if options.timing_cache and options.timing_cache.exists() else b""
 
@@ -113,7 +113,6 @@ def build_engine(
     if notes and WEIGHTS in notes:
         network.name = ENGINE_NAME + notes[WEIGHTS]  # an engine carries this, and nothing else of ours
 
-    sidecar = output.with_name(output.name + ".json")
     with ExitStack() as files:
         cache_file = files.enter_context(replacing(options.timing_cache)) if options.timing_cache else None
         sidecar_file = files.enter_context(replacing(sidecar))
@@ -121,7 +120,7 @@ def build_engine(
 
         cache_state, cache = api.use_timing_cache(config, logger, cached)
         monitor = config.progress_monitor = api.make_monitor(trt, progress or Progress(disable=True))
-        with api.cancelled_by_ctrl_c(monitor):
+        with api.cancelled_by_signals(monitor):
             plan = builder.build_serialized_network(network, config)
         if monitor.cancelled:
             raise KeyboardInterrupt
@@ -144,11 +143,11 @@ def build_engine(
             "warnings": list(dict.fromkeys(logger.warnings)),
             "layers": api.list_layers(trt, logger, plan, network) if options.inspect else None,
         }
-        engine_file.write_bytes(plan)
-        sidecar_file.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+        write_bytes(engine_file, plan)
+        write_bytes(sidecar_file, (json.dumps(record, indent=2, default=str) + "\n").encode())
         if cache_file:
             with api.no_deprecations():
-                cache_file.write_bytes(cache.serialize())
+                write_bytes(cache_file, bytes(cache.serialize()))
         # Now the files get their names, the last opened first. A crash between any two steps leaves an engine without
         # a sidecar, never one beside the sidecar of another: the old sidecar goes first, the new one comes last.
         remove(sidecar)

@@ -27,8 +27,8 @@ from export.noise import ALLOWED_FLOORS, NEGLIGIBLE_MAX, NEGLIGIBLE_MEAN, with_w
 from export.onnx_file import cpu_session, load_model, metadata, read_bytes, tensors
 from runtime import __version__
 from runtime.contract import FILE_DIGEST, SIZE, ExportKind, Interface, check_contract
-from runtime.errors import DependencyError, ModelError, OutputError, how_to_install, one_line
-from runtime.files import UNSEALED, replacing, same_file, seal
+from runtime.errors import DependencyError, ModelError, how_to_install, one_line
+from runtime.files import UNSEALED, check_outputs, replacing, seal, write_bytes
 
 WORKER = Path(__file__).with_name("mnn_worker.py")
 GROUP_SIZES = (1, 2, 5, 12)
@@ -56,8 +56,7 @@ def build_mnn(onnx_path: Path, output: Path, progress: Progress | None = None) -
     """
     if missing := [name for name in ("MNN", "onnx", "onnxruntime") if importlib.util.find_spec(name) is None]:
         raise DependencyError(f"{', '.join(missing)}: not installed: {how_to_install('cpu,mnn')}")
-    if same_file(output, onnx_path):
-        raise OutputError(f"{output}: is the model itself; give the MNN file another name")
+    check_outputs([output], [onnx_path])
     data = read_bytes(onnx_path)
     model = load_model(onnx_path, data)
     interface = check_contract(onnx_path, *tensors(model))
@@ -193,12 +192,14 @@ def convert(onnx_path: Path, model: Any, output: Path, notes: str, calls: Sequen
         arrays = {f"{i}/{name}": array for i, call in enumerate(calls) for name, array in call.items()}
         np.savez(Path(folder, "calls.npz"), **arrays)  # type: ignore[arg-type]
         # -P: MNN's converter is the top-level module _tools; no folder may shadow it.
-        command = [sys.executable, "-P", str(WORKER), folder, str(output)]
+        # It writes to the folder: MNN does not tell when the disk is full.
+        command = [sys.executable, "-P", str(WORKER), folder]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
             lines = [line for line in (done.stdout + "\n" + done.stderr).splitlines() if line.strip()]
             reason = f"exit code {done.returncode}" + (f", last words: {one_line(lines[-1])}" if lines else "")
             raise ModelError(f"{onnx_path}: MNN can't convert or run it ({reason})")
+        write_bytes(output, Path(folder, "model.mnn").read_bytes())
         with np.load(Path(folder, "outputs.npz")) as outputs:
             return [outputs[str(i)] for i in range(len(calls))]
 

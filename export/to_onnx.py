@@ -34,7 +34,7 @@ from export.samples import samples
 from runtime import __version__
 from runtime.contract import BANK, FLOAT_INPUTS, FLOAT_OUTPUTS, GROUPS, INPUTS, OUTPUTS, SIVS, WEIGHTS, ExportKind
 from runtime.errors import InputError, ModelError, OutputError
-from runtime.files import bank_files, digest, replacing, same_file
+from runtime.files import bank_files, check_outputs, digest, replacing
 
 OPSET = 18
 EXPORTS = {  # inputs, outputs, and what is traced
@@ -153,9 +153,7 @@ def run(args: argparse.Namespace) -> int:
         if args.output.is_dir():
             raise OutputError(f"{args.output}: can't be written: it is a folder")
         outputs = dict(zip((ExportKind.INTRA, ExportKind.BANKED), bank_files(args.output), strict=True))
-    for output in outputs.values():
-        if same_file(args.checkpoint, output):
-            raise OutputError(f"{output}: is the checkpoint itself; choose another --output")
+    check_outputs(outputs.values(), [args.checkpoint])
     console = Console()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision is not installed
     network = load_checkpoint(args.checkpoint)

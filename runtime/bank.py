@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import InputError
-from runtime.files import replacing
+from runtime.files import encoded, replacing, write_bytes
 
 VERSION = 1  # of the file's layout
 
@@ -71,8 +71,9 @@ class Bank:
         Raises:
             OutputError: it can't be written.
         """
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, sivs=self.sivs, model=np.array(self.model), version=np.array(VERSION))
+        arrays: dict[str, Any] = {"sivs": self.sivs, "model": np.array(self.model), "version": np.array(VERSION)}
+        with replacing(path) as temporary:
+            write_bytes(temporary, encoded(lambda file: np.savez(file, **arrays)))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Bank":

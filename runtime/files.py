@@ -1,24 +1,60 @@
-"""Output files that are either whole or absent; digests and names of files."""
+"""Output files that are either whole or absent and never replace an input; digests and names of files."""
 
+import errno
+import fcntl
 import hashlib
 import io
 import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from runtime.contract import FILE_DIGEST
 from runtime.errors import InputError, ModelError, OutputError
+from runtime.groups import SUFFIXES
 
 TAIL = 1 << 16  # bytes at the end of a model file, in which its metadata are
 UNSEALED = "0" * 64  # stands for a file's digest until the digest is known
 # As protobuf writes an entry of ONNX's metadata, or as JSON writes one of the notes in an MNN file. MNN's converter
 # copies ONNX's metadata in a third form, and with it the ONNX file's digest.
 SEAL = re.compile(FILE_DIGEST.encode() + rb'(?:\x12\x40|": ")(.{64})', re.DOTALL)
+TEMPORARY = re.compile(r"\.icnet-[0-9a-f]{16}(\.[^.]*)?")  # names that `replacing` makes
+_swept: set[Path] = set()  # folders that this process has searched for the temporary files of dead runs
+
+
+def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[Path | None], folders: Iterable[Path] = ()) -> None:
+    """Nothing that a run reads is written: the rule of every command, applied before it begins.
+
+    Args:
+        outputs: files that the run will write; None for those that were not asked for.
+        inputs: everything that it reads, in whatever role: files; or folders, which stand for the images in them, at
+            any depth. Links, symbolic or hard, count as the file that they lead to.
+        folders: folders that the run fills with files of its own. No input may lie directly in one.
+
+    Raises:
+        OutputError: an output is an input, or named twice; or one of `folders` holds an input.
+    """
+    read = [path for path in inputs if path]
+    written: dict[tuple[int, int] | str, Path] = {}
+    for path in [path for path in outputs if path]:
+        if written.setdefault(_identity(path), path) is not path:
+            raise OutputError(f"{path}: is another file of this run; choose another name")
+    there = any(isinstance(identity, tuple) for identity in written)
+    for one in read:
+        for file in (one, *(_images(one) if there else ())):
+            if output := written.get(_identity(file)):
+                raise OutputError(f"{output}: is an input of this run; choose another name")
+    filled = {_identity(folder): folder for folder in folders}
+    holders = {place.parent: file for file in read for place in (Path(os.path.realpath(file)), file)} if filled else {}
+    for holder, file in holders.items():
+        if folder := filled.get(_identity(holder)):
+            raise OutputError(f"{folder}: holds {file.name}, an input of this run; choose another --output")
 
 
 @contextmanager
@@ -26,24 +62,68 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary name beside `path` to write to; renamed to `path` if the block ends well, deleted if it does not.
 
     Missing folders are made; of a symbolic link, the target is replaced. The temporary name keeps the suffix, by which
-    writers choose a format.
+    writers choose a format. What is renamed is on the disk. The temporary file is locked while this process lives; one
+    without a lock is what a killed run left, and the next run that writes to that folder deletes it.
 
     Raises:
         OutputError: the folder can't be made or written to, or `path` is a folder, a device or the like.
     """
     target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise OutputError(f"{path}: can't be written: it is {'a folder' if target.is_dir() else 'not a regular file'}")
-    temporary = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
-    with _output_errors(Path(path)):
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary.touch(exist_ok=False)
+    with output_errors(Path(path)):
+        if target.exists() and not target.is_file():
+            kind = "a folder" if target.is_dir() else "not a regular file"
+            raise OutputError(f"{path}: can't be written: it is {kind}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target.parent)
+        with _temporary_file(target) as temporary:
             yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
             temporary.replace(target)
-        finally:
-            if temporary.parent.is_dir():
-                temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a temporary file, from `replacing`; every file of this package is written here.
+
+    Libraries that write by themselves may miss that the disk is full: give them `encoded`.
+
+    Raises:
+        OSError: not all of it could be written.
+    """
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        written = os.fstat(file.fileno()).st_size
+    if written != len(content):
+        raise OSError(errno.ENOSPC, f"{written} of {len(content)} bytes were written")
+
+
+def encoded(save: Callable[[BinaryIO], object]) -> bytes:
+    """The bytes that `save` writes to the file it is given."""
+    buffer = io.BytesIO()
+    save(buffer)
+    return buffer.getvalue()
+
+
+def write_picture(path: Path, save: Callable[..., object], **options: Any) -> None:
+    """Write a temporary file, from `replacing`, in the format that its suffix names.
+
+    Args:
+        path: the file.
+        save: Pillow's `image.save` or matplotlib's `figure.savefig`.
+        options: passed on to it.
+
+    Raises:
+        OSError: not all of it could be written.
+    """
+    name = path.suffix[1:].lower()
+    write_bytes(path, encoded(partial(save, format="jpeg" if name == "jpg" else name, **options)))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a temporary file, from `replacing`, in the way of all our JSON files."""
+    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def remove(path: Path) -> None:
@@ -52,13 +132,35 @@ def remove(path: Path) -> None:
     Raises:
         OutputError: it can't be deleted.
     """
-    with _output_errors(path):
+    with output_errors(path):
         path.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write to a temporary name, from `replacing`, in the way of all our JSON files."""
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs, and other threads of this one, out of the block while they lock the same folder.
+
+    Raises:
+        OSError: the folder can't be opened.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn the system's errors into OutputError, which names `path`."""
+    try:
+        yield
+    except (FileExistsError, NotADirectoryError) as error:
+        raise OutputError(f"{path}: can't be written: {path.parent} is not a folder") from error
+    except OSError as error:
+        raise OutputError(f"{path}: can't be written: {error.strerror or error}") from error
 
 
 def check_model_file(path: Path) -> None:
@@ -137,7 +239,7 @@ def bank_files(path: Path) -> tuple[Path, Path]:
 
 def same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
     """Whether two paths lead to one place, which need not exist."""
-    return os.path.realpath(one) == os.path.realpath(other)
+    return _identity(one) == _identity(other)
 
 
 def digest(path: Path) -> str:
@@ -146,19 +248,74 @@ def digest(path: Path) -> str:
     Raises:
         InputError: it can't be read.
     """
-    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-        raise InputError(f"{path}: not a regular file")
     try:
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+            raise InputError(f"{path}: not a regular file")
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise InputError(f"{path}: can't be read: {error.strerror or error}") from error
 
 
-@contextmanager
-def _output_errors(path: Path) -> Iterator[None]:
+def _identity(path: str | os.PathLike[str]) -> tuple[int, int] | str:
+    """The same for all paths that lead to one file: a tuple if it is there."""
     try:
-        yield
-    except (FileExistsError, NotADirectoryError) as error:
-        raise OutputError(f"{path}: can't be written: {path.parent} is not a folder") from error
-    except OSError as error:
-        raise OutputError(f"{path}: can't be written: {error.strerror or error}") from error
+        status = Path(path).stat()
+    except (OSError, ValueError):
+        return os.path.realpath(path)
+    return status.st_dev, status.st_ino
+
+
+def _images(folder: Path) -> Iterator[Path]:
+    """The images in a folder, at any depth; none of what is no folder."""
+    seen = set()
+    for name, folders, files in os.walk(folder, followlinks=True):
+        if (here := _identity(name)) in seen:  # links in a circle
+            folders.clear()
+            continue
+        seen.add(here)
+        yield from (Path(name, file) for file in files if Path(file).suffix.lower() in SUFFIXES)
+
+
+@contextmanager
+def _temporary_file(target: Path) -> Iterator[Path]:
+    """A new file beside `target`, locked by this process; deleted at the end if it is still there."""
+    while True:
+        path = target.with_name(f".icnet-{secrets.token_hex(8)}{target.suffix}")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        with suppress(OSError):  # on a file system without locks nothing is swept
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if _is_at(path, descriptor):
+            break
+        os.close(descriptor)  # another run took it for a dead run's before it was locked
+    try:
+        yield path
+    finally:
+        with suppress(NotADirectoryError):
+            path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _sweep(folder: Path) -> None:
+    """Delete the temporary files that killed runs left in a folder."""
+    if folder in _swept:
+        return
+    _swept.add(folder)
+    with suppress(OSError), os.scandir(folder) as entries:
+        for name in [entry.name for entry in entries if TEMPORARY.fullmatch(entry.name)]:
+            with suppress(OSError):  # locked by a living run, another user's, or gone
+                descriptor = os.open(folder / name, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if _is_at(folder / name, descriptor):  # else a run finished it meanwhile
+                        (folder / name).unlink()
+                finally:
+                    os.close(descriptor)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file is a regular one and still has its name."""
+    status = os.fstat(descriptor)
+    try:
+        return stat.S_ISREG(status.st_mode) and os.path.samestat(status, path.lstat())
+    except OSError:
+        return False

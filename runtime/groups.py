@@ -54,7 +54,7 @@ def find_groups(path: Path, sisms: Path | None) -> list[Group]:
     if not (path / "img").is_dir():
         name = Path(os.path.abspath(path)).name  # noqa: PTH100  (a link keeps its own name)
         return [_group(name or "group", path, sisms)]
-    folders = sorted(f for f in (path / "img").iterdir() if f.is_dir() and not f.name.startswith("."))
+    folders = [f for f in _entries(path / "img") if f.is_dir()]
     if not folders:
         raise InputError(f"{path / 'img'}: holds no folders of groups")
     groups = []
@@ -63,6 +63,9 @@ def find_groups(path: Path, sisms: Path | None) -> list[Group]:
             groups.append(_group(folder.name, folder, None if sisms is None else sisms / folder.name))
         except InputError as problem:
             groups.append(Group(folder.name, (), None, problem))
+        except OSError as error:  # a folder that may be listed, and nothing more
+            reason = f"{error.filename or folder}: can't be read: {error.strerror or error}"
+            groups.append(Group(folder.name, (), None, InputError(reason)))
     return groups
 
 
@@ -74,7 +77,7 @@ def check_folder(path: Path) -> None:
         raise InputError(f"{path}: {'neither a folder nor an image' if path.exists() else 'no such folder'}")
     if (path / "img").is_dir() or image_files(path):
         return
-    if folders := sorted(f.name for f in path.iterdir() if f.is_dir() and not f.name.startswith(".")):
+    if folders := [f.name for f in _entries(path) if f.is_dir()]:
         several = ", ".join(folders[:3]) + ", …" * (len(folders) > 3)
         raise InputError(
             f"{path}: no images in it, but folders ({several}). Name one of them, or arrange a data set: the images in "
@@ -119,7 +122,17 @@ def matching(images: Sequence[Path], folder: Path, what: str) -> tuple[Path, ...
 
 
 def image_files(folder: Path) -> list[Path]:
-    """What should be image files directly in `folder`, by name; hidden files and other suffixes are passed over."""
-    return sorted(
-        f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".") and not f.is_dir()
-    )
+    """What should be image files directly in `folder`, by name; hidden files and other suffixes are passed over.
+
+    Raises:
+        InputError: the folder can't be read.
+    """
+    return [f for f in _entries(folder) if f.suffix.lower() in SUFFIXES and not f.is_dir()]
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder and not hidden, by name."""
+    try:
+        return sorted(f for f in folder.iterdir() if not f.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"{folder}: can't be read: {error.strerror or error}") from error

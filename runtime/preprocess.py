@@ -9,6 +9,7 @@ import stat
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -161,7 +162,7 @@ def restore_map(tensor: NDArray[np.float32], size: tuple[int, int]) -> NDArray[n
     return resized.clip(0, 1)  # a weighted mean can leave [0, 1] by a rounding
 
 
-def save_map(tensor: NDArray[np.float32], path: str | os.PathLike[str]) -> None:
+def save_map(tensor: NDArray[np.float32], path: str | os.PathLike[str] | BinaryIO) -> None:
     """Write a map, float32 [height, width] in [0, 1], as a PNG file of 8-bit grey.
 
     Most of a map is flat: run lengths give files as small as zlib's search for repetitions, in half the time.

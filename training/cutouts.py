@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 
 from runtime.errors import InputError
-from runtime.files import replacing
+from runtime.files import check_outputs, replacing, write_bytes, write_picture
 
 SIDE = 128  # longer side of a cut-out, pixels
 MIN_SETS = 4  # drawings that make a class
@@ -76,21 +76,23 @@ def run(args: argparse.Namespace) -> int:
     if not classes:
         raise InputError(f"no class is drawn by {MIN_SETS} of these {len(sets)} sets; give more sets")
     test = held_out(classes)
+    pictures = {
+        args.output / ("test" if name in test else "train") / name / f"{emoji_set.name}.png": emoji_set.drawings[name]
+        for name in classes
+        for emoji_set in sets
+        if name in emoji_set.drawings
+    }
+    check_outputs([*pictures, args.output / "SOURCES.md"], args.packages)
     console = Console(stderr=True)
-    for name in track(
-        classes, description="rendering", console=console, transient=True, disable=not console.is_terminal
+    for path, drawing in track(
+        pictures.items(), description="rendering", console=console, transient=True, disable=not console.is_terminal
     ):
-        folder = args.output / ("test" if name in test else "train") / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for emoji_set in sets:
-            if name in emoji_set.drawings:
-                with replacing(folder / f"{emoji_set.name}.png") as temporary:
-                    render(emoji_set.drawings[name]).save(temporary, "PNG")
+        with replacing(path) as temporary:
+            write_picture(temporary, render(drawing).save)
+    text = "# Sources of the cut-outs\n\n| set | version | author | licence |\n|---|---|---|---|\n"
+    text += "".join(f"| {s.name} | {s.version} | {s.author} | {s.licence} |\n" for s in sets)
     with replacing(args.output / "SOURCES.md") as temporary:
-        temporary.write_text(
-            "# Sources of the cut-outs\n\n| set | version | author | licence |\n|---|---|---|---|\n"
-            + "".join(f"| {s.name} | {s.version} | {s.author} | {s.licence} |\n" for s in sets)
-        )
+        write_bytes(temporary, text.encode())
     print(f"{len(classes) - len(test)} classes for training, {len(test)} for testing, in {args.output}")
     return 0
 

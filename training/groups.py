@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import track
 
 from runtime.errors import DependencyError, InputError, how_to_install
-from runtime.files import replacing
+from runtime.files import replacing, write_picture
 
 if TYPE_CHECKING:
     from training.paste import CutPaste, Group
@@ -94,4 +94,4 @@ def _write(group: "Group", folder: Path, name: str) -> None:
     for kind, pixels, suffix in ("img", group.images, "jpg"), ("gt", group.masks, "png"), ("sism", group.sisms, "png"):
         for k, image in enumerate(pixels, 1):
             with replacing(folder / kind / name / f"{k:03}.{suffix}") as temporary:
-                Image.fromarray(image).save(temporary, quality=92)
+                write_picture(temporary, Image.fromarray(image).save, quality=92)

@@ -8,6 +8,7 @@ is folded into the weights, the classifier is dropped, and the rest is written l
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from export.fp16 import fold_batch_norms
 from export.icnet import MEAN, STD, VGG16
 from runtime.errors import InputError
-from runtime.files import replacing
+from runtime.files import check_outputs, encoded, replacing, write_bytes
 from training.groups import add_material_arguments
 from training.paste import CutPaste
 from training.progress import Steps, half_cosine
@@ -85,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if min(args.steps, args.batch) < 1 or not args.lr > 0 or args.seed < 0:
         raise InputError("--steps and --batch take numbers from 1, --lr above 0, --seed from 0")
+    check_outputs([args.output], [args.cutouts, args.backgrounds])
     torch.manual_seed(args.seed)
     maker = CutPaste(args.cutouts, args.backgrounds)
     try:
@@ -105,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
             torch.autograd.backward(loss)
             optimizer.step()
             progress.advance(loss=loss.item(), right=(logits.argmax(1) == labels).float().mean().item())
-        torch.save(backbone(model, args.width).state_dict(), temporary)
+        write_bytes(temporary, encoded(partial(torch.save, backbone(model, args.width).state_dict())))
     return 0
 
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from export.checkpoint import load_backbone, load_checkpoint, read_checkpoint, save_checkpoint
 from export.icnet import SIZE, CorrelationFusion, ICNet, Uint8Interface, resize
 from runtime.errors import CheckpointError, ICNetError, InputError
-from runtime.files import replacing, same_file
+from runtime.files import check_outputs, replacing, write_picture
 from training.batches import Batch, DataSetBatches, PastedBatches
 from training.paste import CutPaste
 from training.progress import Steps, half_cosine
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         InputError: options exclude each other, or the data can't be used; the message names the file.
         CheckpointError: the backbone, or the checkpoint to resume, does not fit.
         TrainingError: the loss is not finite; the last checkpoint is kept.
-        OutputError: the checkpoint can't be written.
+        OutputError: the checkpoint can't be written, or an output is an input.
     """
     _check(args)
     batches = _batches(args)
@@ -146,7 +146,7 @@ def train(
             if len(losses) % args.save_every == 0 or len(losses) == steps or interrupted:
                 _save(args, network, optimizer, losses)
             if interrupted:
-                raise KeyboardInterrupt
+                break
 
 
 class AttentionLoss:
@@ -240,9 +240,10 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--images from 2 (batch norm), --epochs, --steps and --save-every from 1, --lr above 0")
     if args.output.exists() and not args.resume:
         raise InputError(f"{args.output}: is there already; --resume to go on with it, or choose another --output")
-    for path in (args.backbone, args.weights):
-        if path and same_file(path, args.output):
-            raise InputError(f"{path}: is the --output as well; choose another name")
+    check_outputs(
+        [args.output, args.output.with_suffix(".png"), args.weights],
+        [args.backbone, args.data, args.cutouts, args.backgrounds],
+    )
     try:
         if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
             raise InputError(f"--device {args.device}: PyTorch finds no usable GPU")
@@ -320,7 +321,7 @@ def _plot(path: Path, losses: list[float]) -> None:
     axes.set(xlabel="step", ylabel="loss: 1 − soft IoU", title=path.stem)
     axes.legend()
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+        write_picture(temporary, figure.savefig, dpi=120)
 
 
 def _ignore_interrupts(_: int) -> None:
@@ -329,7 +330,7 @@ def _ignore_interrupts(_: int) -> None:
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """A list that gets an entry on Ctrl-C, instead of an exception in the middle of a step."""
+    """A list that gets an entry on Ctrl-C or SIGTERM; they take effect after the block, not in a step."""
     received: list[int] = []
 
     def note(number: int, _: object) -> None:
@@ -343,3 +344,5 @@ def _interrupts() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if received:
+        signal.raise_signal(received[0])

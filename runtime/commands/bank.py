@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from runtime.commands.predict import add_model_arguments, open_predictor, sism_folder
-from runtime.errors import InputError, OutputError
-from runtime.files import same_file
+from runtime.commands.predict import add_model_arguments, model_files, open_predictor, sism_folder
+from runtime.errors import InputError
+from runtime.files import check_outputs
 from runtime.groups import find_groups
 
 
@@ -22,13 +22,13 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InputError: the group can't be used, or there are several.
         ModelError: there is no bank export, or it fails.
-        OutputError: the bank can't be written.
+        OutputError: the bank can't be written, or is an input.
     """
     if (args.path / "img").is_dir():
         raise InputError(f"{args.path}: a data set; name the folder of one group, e.g. {args.path / 'img'}/GROUP")
     (group,) = find_groups(args.path, sism_folder(args.path, args.sisms))
-    if any(same_file(args.output, file) for file in (args.model, *group.images, *(group.sisms or ()))):
-        raise OutputError(f"{args.output}: is an input; choose another --output")
+    models = model_files(args.model, banks_only=True).values()
+    check_outputs([args.output], [args.model, *models, *group.images, *(group.sisms or ())])
     with open_predictor(args.model, args.threads, banks_only=True) as predictor:
         pixels = predictor.pipeline.read(group.images, group.sisms, kept=True)
         bank = predictor.bank(pixels.images, pixels.sisms)

@@ -80,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(
                 f"{args.model}: takes one group at a time; --pack takes a model from icnet export --packed"
             )
-        model = Path(predictor.path), digest(Path(predictor.path))
+        used = model_files(args.model, banks_only=bank is not None) | ({"bank": args.bank} if args.bank else {})
+        models = {role: (path, digest(path)) for role, path in used.items()}
 
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
                     try:
                         if group.problem is not None:
                             raise group.problem
-                        results = GroupResults(args.output / group.name, group, model, args.bank)
+                        results = GroupResults(args.output / group.name, group, models)
                         if args.resume and results.finished():
                             skipped += 1
                             progress.advance(bar)
@@ -133,7 +134,7 @@ def writes(
 
     def write_sheet() -> None:
         sheet = contact_sheet(pixels.images, pixels.sisms, maps, pixels.sizes, group.name)
-        results.write(SHEET, partial(sheet.save, quality=90))
+        results.write(SHEET, partial(sheet.save, format="JPEG", quality=90))
 
     return [*(partial(write_map, *one) for one in zip(group.images, maps, pixels.sizes, strict=True)), write_sheet]
 
@@ -149,15 +150,23 @@ def open_predictor(model: Path, threads: int | None, banks_only: bool) -> Predic
     Raises:
         ModelError: no such files, or they can't be used.
     """
-    banks = bank_files(model)
-    missing = [file for file in banks if not file.exists()]
+    files = model_files(model, banks_only)
+    banks = (files["intra"], files["banked"]) if "banked" in files else None
+    return Predictor(files.get("model"), bank=banks, threads=threads)
+
+
+def model_files(model: Path, banks_only: bool) -> dict[str, Path]:
+    """The files that `open_predictor` opens, by their roles: "model"; "intra" and "banked" of a bank export.
+
+    Raises:
+        ModelError: `banks_only`, and a file of the bank export is missing.
+    """
+    banks = dict(zip(("intra", "banked"), bank_files(model), strict=True))
+    missing = [file for file in banks.values() if not file.exists()]
     if banks_only and missing:
         raise ModelError(f"{missing[0]}: no such file; make it with icnet export --banked --output {model}")
-    return Predictor(
-        None if banks_only or (not model.exists() and not missing) else model,
-        bank=None if missing else banks,
-        threads=threads,
-    )
+    plain = {} if banks_only or (not model.exists() and not missing) else {"model": model}
+    return plain | ({} if missing else banks)
 
 
 def sism_folder(path: Path, sisms: str | None) -> Path | None:

@@ -2,100 +2,168 @@
 
 OUTPUT/GROUP/NAME.png            one map per image
 OUTPUT/GROUP/contact_sheet.jpg
-OUTPUT/GROUP/icnet.json          the record: what these were made from, and their digests once all are written
+OUTPUT/GROUP/icnet.json          the record: what these were made from, and their digests
+
+The record is finished once all results are there. Before that, it says which files are `icnet predict`'s: each result
+is added to it, in a line of its own, just before it gets its name. So after a crash nothing of ours passes for a user's
+file, and no user's file for ours.
 """
 
+import hashlib
 import json
+import os
+import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from runtime.errors import OutputError
-from runtime.files import digest, remove, replacing, same_file, write_json
+from runtime.errors import InputError, OutputError
+from runtime.files import check_outputs, digest, encoded, locked, output_errors, replacing, write_bytes, write_json
 from runtime.groups import Group
 
 SHEET = "contact_sheet.jpg"
 RECORD = "icnet.json"
 
 
+@dataclass(frozen=True)
+class Record:
+    """What a record says: what the results were made from (None: it is unfinished), and each file's digest."""
+
+    made_from: dict[str, Any] | None
+    files: dict[str, str]
+
+
 class GroupResults:
-    """The results of one group in its folder. Several threads may write at once.
+    """The results of one group in its folder. Several threads may write at once, and several runs too.
 
     Args:
         folder: where they go.
         group: the group.
-        model: the model file, and its digest.
-        bank: the bank that the images were compared with, if not with each other.
+        models: every file by which the maps are computed, and its digest, under the name of its role.
+
+    Raises:
+        InputError: an image or SISM can't be read.
     """
 
-    def __init__(self, folder: Path, group: Group, model: tuple[Path, str], bank: Path | None = None) -> None:
+    def __init__(self, folder: Path, group: Group, models: Mapping[str, tuple[Path, str]]) -> None:
         self.folder = folder
         self._lock = threading.Lock()
-        self._inputs = [model[0], *group.images, *(group.sisms or ()), *([bank] if bank else [])]
+        self._inputs = [*(path for path, _ in models.values()), *group.images, *(group.sisms or ())]
         names = [*(f"{image.stem}.png" for image in group.images), SHEET]
         self._digests: dict[str, str | None] = dict.fromkeys(names)
         self._made_from: dict[str, Any] = {
-            "model": model[1],
+            "models": {role: sha256 for role, (_, sha256) in models.items()},
             "images": {image.name: digest(image) for image in group.images},
             "sisms": "builtin" if group.sisms is None else {sism.name: digest(sism) for sism in group.sisms},
-        } | ({"bank": digest(bank)} if bank else {})
+        }
 
     def finished(self) -> bool:
-        """Whether the folder holds, untouched, what this group and model gave an earlier run."""
+        """Whether the folder holds, untouched, what this group and these models gave an earlier run."""
         record = self._record()
         return (
-            record.get("made_from") == self._made_from
-            and set(record["files"]) == set(self._digests)
-            and all((self.folder / n).is_file() and digest(self.folder / n) == d for n, d in record["files"].items())
+            record is not None
+            and record.made_from == self._made_from
+            and set(record.files) == set(self._digests)
+            and all(self._holds(name, sha256) for name, sha256 in record.files.items())
         )
 
     def begin(self) -> None:
         """Clear the way for new results. Only files that `icnet predict` made are overwritten or deleted.
 
         Raises:
-            OutputError: the folder holds an input, or files of others under the names of the results.
+            OutputError: the folder holds an input, or files of others under the names of the results; or it can't be
+                read or written to.
         """
-        for path in self._inputs:
-            if same_file(path.parent, self.folder):
-                raise OutputError(f"{self.folder}: holds {path.name}, an input of this run; choose another --output")
-        record = self._record()
-        ours = {*record["files"], RECORD} if record else set()
-        for name in (*self._digests, RECORD):
-            if (self.folder / name).exists() and name not in ours:
-                raise OutputError(
-                    f"{self.folder / name}: was not made by icnet predict and would be overwritten; "
-                    "move it away or choose another --output"
-                )
-        for name in ours - set(self._digests) - {RECORD}:  # of images that are no longer in the group
-            remove(self.folder / name)
-        self._write_record()
+        check_outputs((), self._inputs, [self.folder])
+        with output_errors(self.folder / RECORD):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with locked(self.folder):
+                # Looked for before the record is read: another run adds a result to the record before it is there.
+                there = [name for name in (*self._digests, RECORD) if os.path.lexists(self.folder / name)]
+                record = self._record()
+                ours = record.files if record else {}
+                for name in there:
+                    if (self.folder / name).is_symlink() or not (record if name == RECORD else name in ours):
+                        raise OutputError(
+                            f"{self.folder / name}: was not made by icnet predict and would be overwritten; "
+                            "move it away or choose another --output"
+                        )
+                for name in ours.keys() - self._digests.keys():  # of images that are no longer in the group
+                    if self._holds(name, ours[name]):
+                        (self.folder / name).unlink()
+                self._write_record(None, {name: ours[name] for name in self._digests if name in ours})
 
-    def write(self, name: str, save: Callable[[Path], object]) -> None:
-        """Write one of the results: `save` gets the path to write to. The last result completes the record."""
+    def write(self, name: str, save: Callable[[BinaryIO], object]) -> None:
+        """Write one of the results: `save` gets a file to write to. The last result completes the record.
+
+        Raises:
+            OutputError: it can't be written.
+        """
+        content = encoded(save)
+        sha256 = hashlib.sha256(content).hexdigest()  # of what this run wrote, whatever another does to it
         with replacing(self.folder / name) as temporary:
-            save(temporary)
-            written = digest(temporary)  # of what this run wrote, whatever another does to it
+            write_bytes(temporary, content)
+            self._add(name, sha256)
         with self._lock:
-            self._digests[name] = written
+            self._digests[name] = sha256
             if all(self._digests.values()):
                 self.finish()
 
     def finish(self) -> None:
         """Note that all results are there."""
-        self._write_record()
+        with output_errors(self.folder / RECORD), locked(self.folder):
+            self._write_record(self._made_from, self._digests)
 
-    def _record(self) -> dict[str, Any]:
-        """The record in the folder; empty if it is not one of `icnet predict`."""
+    def _holds(self, name: str, sha256: str) -> bool:
+        """Whether a file is there with this content."""
+        path = self.folder / name
         try:
-            record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
-            if isinstance(record["made_from"], dict) and isinstance(record["files"], dict):
-                return {"made_from": record["made_from"], "files": record["files"]}
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        return {}
+            return stat.S_ISREG(path.lstat().st_mode) and digest(path) == sha256
+        except (OSError, InputError):
+            return False
 
-    def _write_record(self) -> None:
-        record = {"made_from": self._made_from, "files": self._digests}
+    def _record(self) -> Record | None:
+        """The record in the folder; None if there is none of `icnet predict`, whatever is in its place."""
+        path = self.folder / RECORD
+        try:
+            if not stat.S_ISREG(path.lstat().st_mode):  # reading a pipe would wait for ever
+                return None
+            text = path.read_text(encoding="utf-8")
+            content, end = json.JSONDecoder().raw_decode(text)
+            made_from, files = content["made_from"], content["files"]
+            if not isinstance(made_from, dict | None) or not isinstance(files, dict):
+                return None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+        added = text[end:].splitlines()
+        for line in added:
+            try:
+                files |= json.loads(line)
+            except (ValueError, TypeError, RecursionError):  # empty, or cut off by a full disk
+                continue
+        if not all(_is_result(name) and isinstance(sha256, str | None) for name, sha256 in files.items()):
+            return None
+        known = {name: sha256 for name, sha256 in files.items() if sha256}
+        return Record(made_from if len(known) == len(files) and not any(added) else None, known)
+
+    def _add(self, name: str, sha256: str) -> None:
+        """Add a result to the record. The line break comes first: it ends a line that was cut off."""
+        line = ("\n" + json.dumps({name: sha256})).encode()
+        with output_errors(self.folder / RECORD), locked(self.folder), (self.folder / RECORD).open("ab", 0) as file:
+            if file.write(line) != len(line):
+                raise OutputError(f"{self.folder / RECORD}: can't be written: the disk is full")
+
+    def _write_record(self, made_from: dict[str, Any] | None, files: Mapping[str, str | None]) -> None:
         with replacing(self.folder / RECORD) as temporary:
-            write_json(temporary, record)
+            write_json(temporary, {"made_from": made_from, "files": files})
+
+
+def _is_result(name: str) -> bool:
+    """Whether a result can have this name: a record with any other name, or with a path, is not ours."""
+    try:
+        os.fsencode(name)  # no lone surrogates
+    except ValueError:
+        return False
+    return Path(name).name == name and "\0" not in name and (name == SHEET or name.endswith(".png"))

@@ -6,6 +6,7 @@ import sys
 import weakref
 from hashlib import sha256
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import onnx
@@ -261,11 +262,24 @@ MAPS = ("data", "--models", "data/gt")
         (lambda d: None, ("--bank-sizes", "3"), "need --cutouts, --backgrounds and --models"),
         (lambda d: None, ("data", "--cutouts", "data"), "--cutouts and --backgrounds go with --corrupt-sisms"),
         (lambda d: None, (*MAPS, "--plot", "pr.txt"), "pr.txt: --plot writes .pdf, .png, .svg"),
-        (lambda d: None, (*MAPS, "--plot", "x.png", "--output", "x.png"), "--output and --plot are the same file"),
+        (lambda d: None, (*MAPS, "--plot", "x.png", "--output", "x.png"), "x.png: is another file of this run"),
         (
             lambda d: (d / "x.onnx").write_text("x"),
             ("data", "--models", "data/x.onnx", "--output", "data/x.onnx"),
             "data/x.onnx: is an input of this run; choose another name",
+        ),
+        (
+            lambda d: (d / "link.json").symlink_to("gt/cats/a.png"),
+            ("data", "--output", "data/link.json"),
+            "data/link.json: is an input of this run",
+        ),
+        (lambda d: None, ("data", "--output", "data/img/dogs/c.JPEG"), "c.JPEG: is an input of this run"),
+        (lambda d: None, ("data", "--plot", "data/sism/cats/b.png"), "b.png: is an input of this run"),
+        (lambda d: (d / "m").symlink_to("gt"), (*MAPS, "data/m", "--plot", "data/m/cats/b.png"), "same model twice"),
+        (
+            lambda d: copytree(d / "gt", d / "m"),
+            (*MAPS, "data/m", "--plot", "data/m/cats/b.png"),
+            "data/m/cats/b.png: is an input of this run",
         ),
         (lambda d: None, ("data", "--models", "data/gt", "--output", "data"), "data: can't be written: it is a folder"),
     ],

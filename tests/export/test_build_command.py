@@ -178,11 +178,13 @@ def test_tensorrt_that_is_missing_broken_or_without_a_driver(icnet, model_file, 
     assert names(tmp_path) == []
 
 
-def test_ctrl_c_on_the_command_line(icnet, model_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(command_module, "Progress", lambda **_: Spy(lambda: signal.raise_signal(signal.SIGINT)))
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_on_the_command_line(icnet, model_file, tmp_path, monkeypatch, number, expected):
+    monkeypatch.setattr(command_module, "Progress", lambda **_: Spy(lambda: signal.raise_signal(number)))
     code, _, err = icnet("build", "--onnx", model_file, "--output", tmp_path / "x.engine", *SIZES)
-    assert code == 130
+    assert code == expected
     assert err == "\nicnet build: stopped\n"
+    assert names(tmp_path) == []
 
 
 def test_inspect_without_a_gpu(icnet, model_file, tmp_path, monkeypatch):

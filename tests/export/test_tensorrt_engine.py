@@ -96,7 +96,7 @@ def test_profiles_out_of_order(sizes):
 
 def test_the_model_is_not_overwritten(model_file):
     before = digest(model_file)
-    with pytest.raises(OutputError, match="is the model itself"):
+    with pytest.raises(OutputError, match="is an input of this run"):
         build_engine(model_file, model_file.parent / "." / model_file.name, ONE)
     assert digest(model_file) == before
 

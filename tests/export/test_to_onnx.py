@@ -279,7 +279,7 @@ def test_export_errors_are_one_line(icnet, tmp_path, checkpoint):
     for arguments, message in [
         (("--checkpoint", tmp_path / "none.pth", "--output", tmp_path / "x.onnx"), "none.pth: no such file"),
         (("--checkpoint", bad, "--output", tmp_path / "x.onnx"), "missing 1 tensor: Co4.conv.0.weight"),
-        (("--checkpoint", checkpoint, "--output", checkpoint), "is the checkpoint itself"),
+        (("--checkpoint", checkpoint, "--output", checkpoint), "is an input of this run"),
         (("--checkpoint", tmp_path, "--output", tmp_path / "x.onnx"), "not a file"),
         (("--checkpoint", checkpoint, "--output", tmp_path), "it is a folder"),
         (("--checkpoint", checkpoint, "--output", ""), "it is a folder"),

@@ -242,14 +242,15 @@ def test_a_bad_group_does_not_stop_the_others(icnet, model_file, dataset, tmp_pa
 
 
 def test_an_interrupted_write_leaves_nothing_half_written(model_file, dataset, tmp_path, monkeypatch, icnet):
-    save = Image.Image.save
+    fsync = os.fsync
 
-    def full_disk(image, path, *args, **kwargs):
-        save(image, path, *args, **kwargs)
-        if Path(path).parent.name == "dogs":
+    def full_disk(descriptor):
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if path.parent.name == "dogs" and path.suffix != ".json":
             raise OSError(28, "No space left on device")
+        fsync(descriptor)
 
-    monkeypatch.setattr(Image.Image, "save", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     out = tmp_path / "out"
     code, _, err = icnet("predict", dataset, "--model", model_file, "--output", out)
     assert code == 2
