@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -184,8 +185,7 @@ def read_image(source: ImageSource, name: str, mode: str, behind: tuple[int, int
         image = _decode(source, name)
     elif isinstance(source, str | os.PathLike) and isinstance(os.fspath(source), str):
         name = os.fspath(source)
-        _check_file(name)
-        image = _open(name, name)
+        image = _open_path(name)
     elif isinstance(source, bytes | bytearray | BytesIO):
         content = source.getvalue() if isinstance(source, BytesIO) else source
         if not content:
@@ -233,7 +233,15 @@ def _check_file(path: str) -> None:
         raise InputError(f"{path}: the file is empty")
 
 
-def _open(file: str | BytesIO, name: str) -> Image.Image:
+def _open_path(path: str) -> Image.Image:
+    _check_file(path)
+    # Pillow maps a file that it opens by its name into memory, and then garbles an uncompressed TIFF of 8 or 32 bits
+    # per pixel with an orientation from 5 to 8.
+    with _reading(path), Path(path).open("rb") as file:
+        return _open(file, path)
+
+
+def _open(file: BinaryIO, name: str) -> Image.Image:
     with _reading(name), Image.open(file) as image:
         return _decode(image, name)
 

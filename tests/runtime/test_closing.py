@@ -124,9 +124,9 @@ def test_what_a_closed_stream_has_computed_is_finished_and_no_more_is_read(expor
 
     found = []
     with pytest.raises(ICNetError, match=CLOSED):
-        for outcome in predictor.pipeline.stream(tasks(), ahead=1):
-            found.append(outcome)
+        found.extend(predictor.pipeline.stream(tasks(), ahead=1))
     predictor.close()
+    assert found[0] == [None] * 3
     assert sorted(written) == [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2)]
     assert 4 not in read
 

@@ -129,6 +129,22 @@ def test_the_size_without_decoding_is_that_of_the_decoded_image(tmp_path, suffix
     assert turned == (4 if suffix in ("jpg", "png", "webp", "tif", "avif") else 0)
 
 
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "I;16"])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_tiff_files_are_set_upright_as_png_files_are(tmp_path, mode, compression):
+    if mode == "I;16":
+        stored = Image.fromarray(noise(40, 60)[..., 0].astype(np.uint16) * 257)
+    else:
+        stored = Image.fromarray(noise(40, 60)).convert(mode)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored.save(tmp_path / "a.tif", exif=exif, compression=compression)
+        stored.save(tmp_path / "a.png", exif=exif)
+        tiff, png = (rgb_image(tmp_path / name) for name in ("a.tif", "a.png"))
+        np.testing.assert_array_equal(np.asarray(tiff), np.asarray(png))
+
+
 @pytest.mark.parametrize("kind", [bytes, bytearray, BytesIO])
 def test_the_content_of_a_file_is_an_image(kind):
     path = min(BIRDS.glob("*.jpg"))
@@ -145,10 +161,10 @@ def test_nonsense_about_transparency_is_an_error_of_ours_or_of_no_effect(mode, v
     image.info["transparency"] = value
     try:
         tensor, size = image_tensor(image, "images[3]")
+        said = f"images[3]: {tensor.shape}, {size}"
     except InputError as error:
-        assert str(error).startswith("images[3]: ")
-    else:
-        assert (tensor.shape, size) == ((224, 224, 3), (20, 10))
+        said = str(error)
+    assert said.startswith(("images[3]: (224, 224, 3), (20, 10)", "images[3]: damaged", "images[3]: Pillow can't"))
 
 
 def test_transparent_pixels_show_white_and_are_not_salient(tmp_path):
