@@ -52,7 +52,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
-        self.exit(2, f"{self.prog}: error: {message} ('{self.prog} --help' lists the options)\n")
+        from runtime.errors import printable
+
+        self.exit(2, f"{self.prog}: error: {printable(message)} ('{self.prog} --help' lists the options)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if problem := shadowed("runtime"):
         return _failed("icnet", problem)
     from runtime import ICNetError, __version__
+    from runtime.preprocess import silence_libtiff
 
     name = next((name for name in (" ".join(words[:2]), *words[:1]) if name in COMMANDS), None)
     if name is None:
@@ -84,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(parser)
             options = parser.parse_args(words[len(name.split()) :])
             warnings.filterwarnings("ignore", module="PIL")  # what matters of it is an error of ours
+            silence_libtiff()
             code = int(module.run(options))
             return 128 + signal.SIGTERM if received and code == 128 + signal.SIGINT else code  # what it had was kept
     except (ICNetError, OSError, MemoryError) as error:  # the system's errors carry what they are about

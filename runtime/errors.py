@@ -1,6 +1,16 @@
 """What this package raises. Every message is one line that names the file or tensor and says what to do."""
 
+import re
 from pathlib import Path
+
+# Control characters, line and paragraph separators, lone surrogates (bytes of a name that are not UTF-8), and what
+# turns the direction of text. Joiners, which names in some scripts need, are not among them.
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: object) -> str:
+    r"""Any text as it may be written to a terminal: a line break in a file's name reads `\n`, an escape `\x1b`."""
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), str(text))
 
 
 def one_line(text: object) -> str:
@@ -20,7 +30,13 @@ def how_to_install(extras: str) -> str:
 
 
 class ICNetError(Exception):
-    """Base of all errors of this package; the command line prints it and exits with code 2."""
+    """Base of all errors of this package; the command line prints it and exits with code 2.
+
+    Its text is always `printable`, for a library's caller too: names of files and tensors may come from anybody.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(message))
 
 
 class InputError(ICNetError):

@@ -165,8 +165,20 @@ def output_errors(path: Path) -> Iterator[None]:
 
 def check_model_file(path: Path) -> None:
     """Raise ModelError unless `path` is a file, whatever is in it."""
-    if not path.is_file():
-        raise ModelError(f"{path}: {'not a model file' if path.exists() else 'no such model file'}")
+    try:
+        if not path.is_file():
+            raise ModelError(f"{path}: {'not a model file' if path.exists() else 'no such model file'}")
+    except OSError as error:  # a folder that must not be entered, a name that is too long
+        raise ModelError(f"{path}: can't be read: {error.strerror or error}") from error
+
+
+def utf8_name(path: Path) -> bool:
+    """Whether the bytes of a path are UTF-8, as some engines need it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def seal(path: Path) -> str:
@@ -234,7 +246,7 @@ def _digests(file: BinaryIO, place: int) -> tuple[str, str]:
 
 def bank_files(path: Path) -> tuple[Path, Path]:
     """Where a bank export that is called `path` has its two files: NAME.intra.onnx and NAME.banked.onnx."""
-    return path.with_name(f"{path.stem}.intra{path.suffix}"), path.with_name(f"{path.stem}.banked{path.suffix}")
+    return path.parent / f"{path.stem}.intra{path.suffix}", path.parent / f"{path.stem}.banked{path.suffix}"
 
 
 def same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:

@@ -52,11 +52,19 @@ class Packer:
         self._waiting: list[_Request] = []
         self._collecting = False
         self._in_work = 0
+        self._closed: ICNetError | None = None
 
     def __call__(self, images: NDArray[np.uint8], sisms: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """The maps of one group, float32 [N, 224, 224]; raises what `run` does."""
+        """The maps of one group, float32 [N, 224, 224].
+
+        Raises:
+            Exception: what `run` raises.
+            ICNetError: the error given to `close`.
+        """
         request = _Request((images, sisms), time.monotonic() + self._delay)
         with self._changed:
+            if self._closed is not None:
+                raise self._closed
             self._waiting.append(request)
             self._changed.notify_all()
         try:
@@ -71,6 +79,15 @@ class Packer:
         assert request.outcome is not None
         return request.outcome
 
+    def close(self, error: ICNetError) -> None:
+        """End the groups that wait with this error, at once, and later ones too; calls in work are finished."""
+        with self._changed:
+            self._closed = error
+            for request in self._waiting:
+                request.outcome = error
+            self._waiting = []
+            self._changed.notify_all()
+
     def _next_batch(self, request: "_Request") -> "list[_Request]":
         """Wait until the request is answered (nothing), or this thread has collected a batch, of its own or not."""
         with self._changed:
@@ -81,8 +98,11 @@ class Packer:
                 return []
             self._collecting = True
             try:
-                self._changed.wait_for(lambda: self._in_work < self._slots)
-                self._changed.wait_for(self._full, self._waiting[0].deadline - time.monotonic())
+                self._changed.wait_for(lambda: self._in_work < self._slots or not self._waiting)
+                if self._waiting:
+                    self._changed.wait_for(self._full, self._waiting[0].deadline - time.monotonic())
+                if not self._waiting:  # closed meanwhile
+                    return []
                 chosen = first_fit([request.size for request in self._waiting], self._limit)
                 batch = [self._waiting[index] for index in chosen]
                 self._waiting = [waiting for waiting in self._waiting if waiting not in batch]
@@ -93,7 +113,7 @@ class Packer:
                 self._changed.notify_all()
 
     def _full(self) -> bool:
-        return sum(request.size for request in self._waiting) >= self._limit
+        return not self._waiting or sum(request.size for request in self._waiting) >= self._limit
 
     def _compute(self, batch: "list[_Request]") -> None:
         outcomes: list[NDArray[np.float32] | BaseException] = [ICNetError("a call was interrupted")] * len(batch)

@@ -117,7 +117,11 @@ class Pipeline:
             ModelError: the model does not take groups of this size.
         """
         self.check_group(len(images), len(images) if sisms is None else len(sisms), kept)
-        return reads(images, sisms)
+        return [partial(self._while_open, call) for call in reads(images, sisms)]
+
+    def _while_open(self, call: Callable[[], T]) -> T:
+        self.check_open()
+        return call()
 
     def read(
         self, images: Sequence[ImageSource], sisms: Sequence[ImageSource] | None, kept: bool = False
@@ -151,6 +155,7 @@ class Pipeline:
             The results of the task's `after` calls, or what kept the group from them.
 
         Raises:
+            Exception: what `tasks` raises, after the outcomes of the groups before it.
             InputError: the bank is empty or of another model.
             ModelError: there is a bank but no bank export.
         """
@@ -250,8 +255,10 @@ class Pipeline:
             raise ICNetError(f"{self.path}: this Predictor is closed")
 
     def close(self) -> None:
-        """Refuse new groups. The Predictor closes the models and the workers, which it opened."""
+        """Refuse groups, also those that wait. The Predictor closes the models and the workers, which it opened."""
         self._closed = True
+        if self._packer is not None:
+            self._packer.close(ICNetError(f"{self.path}: this Predictor is closed"))
 
 
 class State(Enum):
@@ -348,6 +355,7 @@ class _Stream(Generic[T]):
     ) -> None:
         self._pipeline, self._tasks = pipeline, iter(tasks)
         self._ahead, self._slots, self._full, self._bank = ahead, slots, full, bank
+        self._ended: Exception | None = None  # what the groups' source raised
         self._jobs: deque[_Job[T]] = deque()
         self._calls: deque[tuple[Pending, list[_Job[T]]]] = deque()
 
@@ -359,6 +367,8 @@ class _Stream(Generic[T]):
                     self._step(first)
                 self._jobs.popleft()
                 yield first.outcome
+            if self._ended is not None:
+                raise self._ended
         finally:
             for job in self._jobs:
                 job.stop()
@@ -375,10 +385,17 @@ class _Stream(Generic[T]):
     def _read_ahead(self) -> bool:
         """Begin to read the next groups; whether any are under way."""
         reading = sum(job.state in (State.READING, State.DONE) for job in self._jobs)
-        while reading < self._ahead and (task := next(self._tasks, None)) is not None:
+        while reading < self._ahead and (task := self._next_task()) is not None:
             self._jobs.append(_Job(task, self._pipeline.workers))
             reading += 1
         return bool(self._jobs)
+
+    def _next_task(self) -> Task[T] | ICNetError | None:
+        try:
+            return next(self._tasks, None)
+        except Exception as error:
+            self._ended, self._tasks = error, iter(())
+            return None
 
     def _next_batch(self) -> list[_Job[T]]:
         """The groups of the next call: the oldest that is READY, and of those behind it all that fit beside it."""

@@ -1,11 +1,12 @@
 """`Predictor`: a group of images and their SISMs in, co-saliency maps at the images' own sizes out."""
 
+import io
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +21,16 @@ from runtime.contract import INPUTS, ExportKind, TensorSpec
 from runtime.errors import ICNetError, InputError, ModelError
 from runtime.files import check_model_file, check_seal
 from runtime.pipeline import Pipeline, Task, restores
-from runtime.preprocess import ImageSource
+from runtime.preprocess import EXPECTED, ImageSource
 from runtime.threads import Workers
 
 MAX_THREADS = 1024
-UNORDERED = (str, bytes, os.PathLike, set, frozenset, dict)  # iterable, perhaps, but no sequence of images
+# Iterable, perhaps, but no sequence of images.
+UNORDERED = (str, bytes, bytearray, memoryview, io.IOBase, os.PathLike, set, frozenset, dict)
 ENGINE_SUFFIXES = {".engine", ".plan", ".trt"}
 MNN_SUFFIX = ".mnn"
+GroupSources = tuple[Iterable[ImageSource], Iterable[ImageSource]]  # images and SISMs
+Maps = list[NDArray[np.float32]]  # of a group
 CHECKPOINT_SUFFIXES = {".pth", ".pt", ".ckpt", ".safetensors"}
 
 
@@ -96,6 +100,8 @@ class Predictor:
         for file in (*([] if model is None and bank else [model]), *(bank or ())):
             if not isinstance(file, str | os.PathLike) or not isinstance(os.fspath(file), str):
                 raise InputError(f"model: expected a path, got {type(file).__name__}")
+            if not os.fspath(file):
+                raise InputError("model: the path is empty")
             paths.append(Path(os.fspath(file)))
         if threads is not None and not (isinstance(threads, int) and 1 <= threads <= MAX_THREADS):
             raise InputError(f"threads={threads!r}: expected 1 to {MAX_THREADS}, or None for one per core")
@@ -144,11 +150,12 @@ class Predictor:
             opened.callback(self.pipeline.close)
             self._opened: ExitStack | None = opened.pop_all()
 
-    def __call__(self, images: Iterable[ImageSource], sisms: Iterable[ImageSource]) -> list[NDArray[np.float32]]:
+    def __call__(self, images: Iterable[ImageSource], sisms: Iterable[ImageSource]) -> Maps:
         """Co-saliency maps of one group.
 
         Args:
-            images: the group's images: paths, arrays or PIL images of any size (see `preprocess.image_tensor`).
+            images: the group's images: paths, arrays, PIL images or files' contents, of any size (see
+                `preprocess.image_tensor`).
             sisms: the SISM of each image, in the same order, likewise; sizes need not be the images'.
 
         Returns:
@@ -178,9 +185,7 @@ class Predictor:
         pixels = self.pipeline.read(*_listed(images, sisms), kept=True)
         return Bank(banks.sivs(pixels.images, pixels.sisms), banks.model)
 
-    def against(
-        self, bank: Bank, images: Iterable[ImageSource], sisms: Iterable[ImageSource]
-    ) -> list[NDArray[np.float32]]:
+    def against(self, bank: Bank, images: Iterable[ImageSource], sisms: Iterable[ImageSource]) -> Maps:
         """Co-saliency maps of images against a kept bank: each image as if it alone joined the bank's group.
 
         Args:
@@ -198,9 +203,19 @@ class Predictor:
         self.pipeline.bank_models().check(bank)
         return self._maps(images, sisms, bank)
 
+    @overload
     def predict_groups(
-        self, groups: Iterable[tuple[Iterable[ImageSource], Iterable[ImageSource]]], *, ahead: int = 4
-    ) -> Iterator[list[NDArray[np.float32]]]:
+        self, groups: Iterable[GroupSources], *, ahead: int = 4, on_error: Literal["raise"] = "raise"
+    ) -> Iterator[Maps]: ...
+
+    @overload
+    def predict_groups(
+        self, groups: Iterable[GroupSources], *, ahead: int = 4, on_error: Literal["return"]
+    ) -> Iterator[Maps | ICNetError]: ...
+
+    def predict_groups(
+        self, groups: Iterable[GroupSources], *, ahead: int = 4, on_error: Literal["raise", "return"] = "raise"
+    ) -> Iterator[Maps | ICNetError]:
         """Co-saliency maps of many groups, in order; images are decoded and resized in threads ahead of the engine.
 
         A packed model gets several groups at once: the oldest, and the later ones that fit beside it, up to the
@@ -210,16 +225,32 @@ class Predictor:
             groups: (images, sisms) per group, each as for calling the Predictor. No more of them are read than needed:
                 `ahead` groups, or for a packed model enough to fill one call.
             ahead: groups that are decoded before their turn.
+            on_error: "raise", or "return" to go on with the other groups after one that fails.
 
-        Yields:
-            What a call with that group returns.
+        Returns:
+            An iterator: for every group what a call with that group returns; with `on_error="return"`, for one that
+            fails the error that such a call raises.
 
         Raises:
-            ICNetError: as a call with that group does, at that group's turn.
+            InputError: an argument is not that.
+            ICNetError: from the iterator: as a call with that group does, at that group's turn; or the Predictor was
+                closed, whatever `on_error`.
+            Exception: from the iterator: what `groups` raises, after all groups before it.
         """
-        for outcome in self.pipeline.stream(self._tasks(groups), ahead=ahead):
+        if isinstance(groups, UNORDERED) or not isinstance(groups, Iterable):
+            raise InputError(f"groups: expected (images, sisms) for each group, got {type(groups).__name__}")
+        if not (isinstance(ahead, int) and ahead >= 1):
+            raise InputError(f"ahead={ahead!r}: expected a number from 1")
+        if on_error not in ("raise", "return"):
+            raise InputError(f"on_error={on_error!r}: expected 'raise' or 'return'")
+        return self._outcomes(self.pipeline.stream(self._tasks(groups), ahead=ahead), on_error == "raise")
+
+    def _outcomes(self, stream: Iterator[Maps | ICNetError], raising: bool) -> Iterator[Maps | ICNetError]:
+        for outcome in stream:
             if isinstance(outcome, ICNetError):
-                raise outcome
+                self.pipeline.check_open()
+                if raising:
+                    raise outcome
             yield outcome
 
     def predict_tensors(
@@ -246,20 +277,19 @@ class Predictor:
         self.pipeline.check_group(len(images), len(sisms), kept=bank is not None)
         return self.pipeline.maps(images, sisms, bank)
 
-    def _maps(
-        self, images: Iterable[ImageSource], sisms: Iterable[ImageSource], bank: Bank | None = None
-    ) -> list[NDArray[np.float32]]:
+    def _maps(self, images: Iterable[ImageSource], sisms: Iterable[ImageSource], bank: Bank | None = None) -> Maps:
         """The maps of a group on its own, or against a bank, at its images' own sizes."""
         pixels = self.pipeline.read(*_listed(images, sisms), kept=bank is not None)
         maps = self.pipeline.maps(pixels.images, pixels.sisms, bank)
         return self.pipeline.workers.run(restores(pixels, maps))
 
-    def _tasks(
-        self, groups: Iterable[tuple[Iterable[ImageSource], Iterable[ImageSource]]]
-    ) -> Iterator[Task[NDArray[np.float32]] | ICNetError]:
-        for images, sisms in groups:
+    def _tasks(self, groups: Iterable[GroupSources]) -> Iterator[Task[NDArray[np.float32]] | ICNetError]:
+        for index, group in enumerate(groups):
             try:
-                task = Task(self.pipeline.reads(*_listed(images, sisms)), restores)
+                if not (isinstance(group, tuple | list) and len(group) == 2):
+                    kind = f"{len(group)} entries" if isinstance(group, tuple | list) else type(group).__name__
+                    raise InputError(f"groups[{index}]: expected (images, sisms), got {kind}")
+                task = Task(self.pipeline.reads(*_listed(*group)), restores)
             except ICNetError as error:
                 yield error
             else:
@@ -306,7 +336,7 @@ def _list(sources: Iterable[ImageSource], what: str, ndim: int) -> list[ImageSou
     listed = list(sources)
     for index, source in enumerate(listed):
         if source is None:  # which inside the package asks for a built-in SISM
-            raise InputError(f"{what}[{index}]: expected a path, a NumPy array or a PIL image, got NoneType")
+            raise InputError(f"{what}[{index}]: {EXPECTED}, got NoneType")
     return listed
 
 

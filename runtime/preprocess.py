@@ -4,26 +4,32 @@ Resizing is Pillow's antialiased bilinear, which is what torchvision does to a P
 with; OpenCV's bilinear does not antialias and gives the network other pixels.
 """
 
+import ctypes
 import os
 import stat
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, _imaging
 
 from runtime.contract import SIZE
 from runtime.errors import InputError
 from runtime.sisms import builtin_sism
 
-ImageSource = str | os.PathLike[str] | NDArray[np.generic] | Image.Image
+ImageSource = str | os.PathLike[str] | bytes | bytearray | BytesIO | NDArray[np.generic] | Image.Image
+EXPECTED = "expected a path, a NumPy array, a PIL image, or the bytes of a file"
 
 TOLERANCE = 1e-3  # how far a float may lie outside [0, 1] by rounding
 MIN_SIDE = 2  # pixels: one row, one column or one pixel shows no object
-ORIENTATION = 0x0112  # EXIF tag; from 5 on, width and height change places
+ORIENTATION = 0x0112  # EXIF tag
+TURNED = range(5, 9)  # its values by which width and height change places
 BILINEAR = Image.Resampling.BILINEAR
 
 
@@ -66,9 +72,10 @@ def image_tensor(source: ImageSource, name: str = "image") -> tuple[NDArray[np.u
 
     Args:
         source: a file that Pillow reads; an array H×W, H×W×1, H×W×3 (RGB) or H×W×4 (RGBA) of uint8, uint16, bool, or
-            float in [0, 1]; or a PIL image. An EXIF orientation is applied, 16 bits are scaled to 8 (of 16-bit RGB
-            files Pillow reads the upper 8), transparent pixels show white.
-        name: what messages call an array or PIL image; a file is called by its path.
+            float in [0, 1]; a PIL image; or the content of a file, as bytes or BytesIO (all of it, wherever it
+            stands). An EXIF orientation is applied, 16 bits are scaled to 8 (of 16-bit RGB files Pillow reads the upper
+            8), transparent pixels show white.
+        name: what messages call what has no path; a file is called by its path.
 
     Returns:
         RGB uint8 [224, 224, 3], and the upright image's own (width, height) in pixels.
@@ -140,12 +147,11 @@ def upright_size(path: Path) -> tuple[int, int]:
     Raises:
         InputError: it is no image.
     """
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(ORIENTATION, 1) >= 5
-            return image.size[::-1] if turned else image.size
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{path}: not an image, or of a format that Pillow can't read") from error
+    _check_file(str(path))
+    with _reading(str(path)), Image.open(path) as image:
+        # Pillow has turned the size of a TIFF file when it opens it.
+        turned = image.format != "TIFF" and image.getexif().get(ORIENTATION) in TURNED
+        return image.size[::-1] if turned else image.size
 
 
 def restore_map(tensor: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
@@ -179,9 +185,14 @@ def read_image(source: ImageSource, name: str, mode: str, behind: tuple[int, int
         image = _decode(source, name)
     elif isinstance(source, str | os.PathLike) and isinstance(os.fspath(source), str):
         name = os.fspath(source)
-        image = _open(name)
+        image = _open_path(name)
+    elif isinstance(source, bytes | bytearray | BytesIO):
+        content = source.getvalue() if isinstance(source, BytesIO) else source
+        if not content:
+            raise InputError(f"{name}: no bytes")
+        image = _open(BytesIO(content), name)
     else:
-        raise InputError(f"{name}: expected a path, a NumPy array or a PIL image, got {type(source).__name__}")
+        raise InputError(f"{name}: {EXPECTED}, got {type(source).__name__}")
     if min(image.size) < MIN_SIDE:
         raise InputError(f"{name}: {image.width}×{image.height} pixels is too small to show anything")
     try:
@@ -193,19 +204,53 @@ def read_image(source: ImageSource, name: str, mode: str, behind: tuple[int, int
         raise InputError(
             f"{name}: Pillow can't turn an image of mode {image.mode} into {mode}: save it as RGB"
         ) from error
+    except Exception as error:  # what Pillow raises if `info` says nonsense about transparency: TypeError and more
+        raise _damaged(name, error) from error
 
 
-def _open(path: str) -> Image.Image:
+def silence_libtiff() -> None:
+    """Keep off standard error what libtiff prints there about a damaged file, which is an error of ours as well.
+
+    Pillow has no way to do it, and the file descriptor belongs to all threads; so libtiff's handler is taken away, for
+    the whole process. Where Pillow's libtiff can't be reached, it is left as it is.
+    """
     try:
+        set_handler = ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler
+    except (AttributeError, OSError):
+        return
+    set_handler.argtypes, set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+    set_handler(None)
+
+
+def _check_file(path: str) -> None:
+    with _reading(path):
         status = Path(path).stat()
-        if stat.S_ISDIR(status.st_mode):
-            raise InputError(f"{path or '(empty path)'}: a folder, not an image")
-        if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{path}: not a regular file")
-        if status.st_size == 0:
-            raise InputError(f"{path}: the file is empty")
-        with Image.open(path) as image:
-            return _decode(image, path)
+    if stat.S_ISDIR(status.st_mode):
+        raise InputError(f"{path or '(empty path)'}: a folder, not an image")
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path}: not a regular file")
+    if status.st_size == 0:
+        raise InputError(f"{path}: the file is empty")
+
+
+def _open_path(path: str) -> Image.Image:
+    _check_file(path)
+    # Pillow maps a file that it opens by its name into memory, and then garbles an uncompressed TIFF of 8 or 32 bits
+    # per pixel with an orientation from 5 to 8.
+    with _reading(path), Path(path).open("rb") as file:
+        return _open(file, path)
+
+
+def _open(file: BinaryIO, name: str) -> Image.Image:
+    with _reading(name), Image.open(file) as image:
+        return _decode(image, name)
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """All that can go wrong in reading a file, as InputError."""
+    try:
+        yield
     except InputError:
         raise
     except FileNotFoundError as error:
@@ -229,7 +274,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.uint16)
         grey = _from_array(values, name)
-        if "transparency" in image.info:  # one value that stands for transparent pixels
+        if isinstance(image.info.get("transparency"), int):  # one value that stands for transparent pixels
             grey.putalpha(Image.fromarray((values != image.info["transparency"]).astype(np.uint8) * 255))
         return grey
     if image.mode == "I":  # how Pillow reads some 16-bit files

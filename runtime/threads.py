@@ -1,6 +1,8 @@
-"""A lasting pool of threads, in which Pillow decodes, resizes and encodes outside Python's lock."""
+"""A lasting pool of threads, in which Pillow decodes, resizes and encodes outside Python's lock; engines' calls."""
 
+import atexit
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Generic, Self, TypeVar
@@ -13,6 +15,48 @@ T = TypeVar("T")
 def cores() -> int:
     """The CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class NativeCalls:
+    """Counts the threads that are inside an engine's code, as a context manager; the interpreter waits for them.
+
+    An engine's C++ code asks for Python's lock when it returns. After the interpreter has ended, a daemon thread does
+    not get it: the thread is ended inside the engine, and that aborts the process.
+
+    Raises:
+        SystemExit: on entering, in another thread than the main one when the interpreter ends: it ends that thread.
+    """
+
+    def __init__(self) -> None:
+        self._reset()
+        atexit.register(self.end)
+        if hasattr(os, "register_at_fork"):  # the child has none of the other threads, and perhaps their lock
+            os.register_at_fork(after_in_child=self._reset)
+
+    def _reset(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._ended = False
+
+    def __enter__(self) -> None:
+        with self._changed:
+            if self._ended and threading.current_thread() is not threading.main_thread():
+                raise SystemExit
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._inside -= 1
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """Refuse further calls, and wait for those in work."""
+        with self._changed:
+            self._ended = True
+            self._changed.wait_for(lambda: self._inside == 0)
+
+
+native_calls = NativeCalls()
 
 
 class Batch(Generic[T]):

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from runtime.backends.onnx import Finished
 from runtime.contract import SIZE, WEIGHTS, ExportKind, TensorSpec, check_contract
 from runtime.errors import DependencyError, ICNetError, ModelError, how_to_install, one_line
-from runtime.files import check_model_file
-from runtime.threads import cores
+from runtime.files import check_model_file, utf8_name
+from runtime.threads import cores, native_calls
 
 OUT_OF_MEMORY = 1  # MNN's ErrorCode
 # MNN counts a tensor's bytes in 32 bits: beyond that it computes wrong maps without an error, or crashes. The largest
@@ -51,7 +51,7 @@ class MnnBackend:
     def __init__(self, path: Path, threads: int | None = None) -> None:
         self.path = path
         check_model_file(path)
-        with _silence():
+        with _silence(), native_calls:
             try:
                 import MNN
             except ImportError as error:
@@ -59,6 +59,8 @@ class MnnBackend:
             try:
                 self._interpreter = MNN.Interpreter(str(self.path))
             except Exception as error:  # MNN raises Exception itself, and prints the reason
+                if not utf8_name(path):
+                    raise ModelError(f"{path}: MNN takes names of files that are UTF-8 only; rename it") from error
                 raise ModelError(
                     f"{self.path}: not an MNN model, or one for a newer MNN than is installed here: {one_line(error)}"
                 ) from error
@@ -78,6 +80,7 @@ class MnnBackend:
         self._image_bytes = 4 * SIZE**2 * PADDED * ceil(FEATURES * _width(notes) / PADDED)
         self._planned: list[int] | None = None  # the inputs' lengths
         self._lock = threading.Lock()
+        self._closed = False
 
     def check_group(self, images: int, bank_size: int = 1) -> None:
         """Raise ModelError if the model is for groups or banks of another size, or if tensors get too large for MNN."""
@@ -103,12 +106,14 @@ class MnnBackend:
         The session keeps the memory of its largest call, even after the `last`.
         """
         with self._lock:
-            if self._session is None:
+            if self._closed:
                 raise ICNetError(f"{self.path}: this Predictor is closed")
-            return Finished(self._run(tensors))
+            with native_calls:
+                return Finished(self._run(tensors))
 
     def close(self) -> None:
-        """Give the session's memory back, after the call in work."""
+        """Give the session's memory back, after the call in work; those that wait for their turn are refused."""
+        self._closed = True
         with self._lock:
             self._session = self._interpreter = None
 

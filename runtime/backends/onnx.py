@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from runtime.backends.cuda import PageLocked
 from runtime.contract import WEIGHTS, ExportKind, Interface, TensorSpec, check_contract
-from runtime.errors import DependencyError, ICNetError, ModelError, how_to_install, one_line
-from runtime.files import check_model_file
+from runtime.errors import DependencyError, ICNetError, InputError, ModelError, how_to_install, one_line
+from runtime.files import check_model_file, utf8_name
+from runtime.threads import native_calls
 
 CPU = "CPUExecutionProvider"
 CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")  # those that compute on an NVIDIA GPU
@@ -52,6 +53,7 @@ class OnnxBackend:
             go through I/O bindings.
 
     Raises:
+        InputError: `providers` is not that.
         ModelError: not an ONNX file, or not an exported ICNet; or a provider that was asked for is not used.
         DependencyError: ONNX Runtime is not installed, or not with these providers; or there is no NVIDIA driver.
     """
@@ -67,13 +69,13 @@ class OnnxBackend:
             ) from error
         self.path = path
         check_model_file(path)
-        wanted = [p if isinstance(p, str) else p[0] for p in providers]
+        wanted = [_provider(p)[0] for p in _checked(providers)]
         if absent := [name for name in wanted if name not in ort.get_available_providers()]:
             raise DependencyError(
                 f"{', '.join(absent)}: not in this onnxruntime, which has {', '.join(ort.get_available_providers())}; "
                 "for NVIDIA GPUs replace onnxruntime by onnxruntime-gpu (never both)"
             )
-        on_gpu = [p for p in providers if (p if isinstance(p, str) else p[0]) in CUDA]
+        on_gpu = [p for p in map(_provider, providers) if p[0] in CUDA]
         if on_gpu and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # CUDA and cuDNN from their wheels, where the loader does not look
         options = ort.SessionOptions()
@@ -84,11 +86,17 @@ class OnnxBackend:
         # Threads that wait for work keep their cores busy. Within a call that saves time; after it, it takes the cores
         # from the threads that resize and write the maps.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.log_severity_level = 3  # errors; they reach the caller as exceptions
-        try:
-            self._session = ort.InferenceSession(self.path, options, providers=[*providers])
-        except Exception as error:  # ONNX Runtime's exceptions have no common base but Exception
-            raise ModelError(f"{self.path}: not an ONNX model that ONNX Runtime can load: {_reason(error)}") from error
+        options.log_severity_level = 4  # nothing on standard error: errors reach the caller as exceptions
+        # ONNX Runtime takes names of files that are UTF-8 only.
+        model: Path | bytes = path if utf8_name(path) else path.read_bytes()
+        with native_calls:
+            try:
+                session = ort.InferenceSession(model, options, providers=[*providers])
+            except Exception as error:  # ONNX Runtime's exceptions have no common base but Exception
+                raise ModelError(
+                    f"{self.path}: not an ONNX model that ONNX Runtime can load: {_reason(error)}"
+                ) from error
+        self._session: Any = session  # None: closed
         # ONNX Runtime only warns of a provider whose libraries or device are missing, and goes on with the next.
         if unused := [name for name in wanted if name not in self._session.get_providers()]:
             raise ModelError(
@@ -104,7 +112,7 @@ class OnnxBackend:
         self._last = ort.RunOptions()  # frees the memory of the call; allocating it again takes time
         self._last.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         if on_gpu:
-            device = 0 if isinstance(on_gpu[0], str) else int(on_gpu[0][1].get("device_id", 0))
+            device = int(on_gpu[0][1].get("device_id", 0))
             self._bindings = _Bindings(ort, self._session, self.interface, device)
             self._finalizer = weakref.finalize(self, self._bindings.close)
 
@@ -125,14 +133,18 @@ class OnnxBackend:
     def submit(self, *tensors: NDArray[Any], last: bool = False) -> Finished:
         """Run a call: a tensor for each of the interface's inputs; after the `last` the CPU's memory is given back."""
         images = tensors[0]
+        bindings, session = self._bindings, self._session  # in this order: `close` takes them in the other
+        if session is None:
+            raise ICNetError(f"{self.path}: this Predictor is closed")
         try:
             output: NDArray[np.float32]
-            if self._bindings is None:
-                names = [spec.name for spec in self.interface.inputs]
-                feeds = dict(zip(names, tensors, strict=True))
-                output = self._session.run([self.interface.output.name], feeds, self._last if last else None)[0]
-            else:
-                output = self._bindings.run(*tensors)
+            with native_calls:
+                if bindings is None:
+                    names = [spec.name for spec in self.interface.inputs]
+                    feeds = dict(zip(names, tensors, strict=True))
+                    output = session.run([self.interface.output.name], feeds, self._last if last else None)[0]
+                else:
+                    output = bindings.run(*tensors)
         except ICNetError:
             raise
         except Exception as error:
@@ -142,11 +154,11 @@ class OnnxBackend:
         return Finished(output)
 
     def close(self) -> None:
-        """Give the session's memory back; on a GPU, calls in work are finished first."""
+        """Give the session's memory back, once calls in work are finished; on a GPU, wait for them."""
+        self._session = None
         if self._bindings is not None:
             self._finalizer()
-            del self._bindings
-        del self._session
+            self._bindings = None
 
 
 class _Bindings:
@@ -258,6 +270,32 @@ class _Binding:
 def _spec(tensor: Any) -> TensorSpec:
     dtype = NUMPY_TYPES.get(tensor.type, tensor.type.removeprefix("tensor(").removesuffix(")"))
     return TensorSpec(tensor.name, dtype, tuple(tensor.shape))
+
+
+def _checked(providers: object) -> list[Provider]:
+    """The execution providers, if they are that at all."""
+    listed: list[Any] = [] if isinstance(providers, str) or not isinstance(providers, Sequence) else [*providers]
+    for provider in listed:
+        match provider:
+            case str() | (str(), dict()):
+                name, options = _provider(provider)
+            case _:
+                listed = []
+                break
+        if name == CPU and options:
+            raise InputError(f"providers: {CPU} takes no options, got {options}")
+        if name in CUDA and not str(options.get("device_id", 0)).isdecimal():
+            raise InputError(f"providers: device_id={options['device_id']!r}: expected a GPU's number")
+    if not listed:
+        raise InputError(
+            f"providers={providers!r}: expected a list of execution providers, each a name or (name, options), e.g. "
+            f'["{CPU}"]'
+        )
+    return listed
+
+
+def _provider(provider: Provider) -> tuple[str, dict[str, Any]]:
+    return (provider, {}) if isinstance(provider, str) else provider
 
 
 def _reason(error: Exception) -> str:

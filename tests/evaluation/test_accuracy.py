@@ -184,6 +184,31 @@ def test_maps_are_read_as_they_come_and_let_go(image_folder, tmp_path):
     assert (found.images, found.s) == (20, 1)
 
 
+def test_photographs_that_lie_on_their_side_are_set_upright(dataset, model_file):
+    """What cameras write: stored sideways, with an orientation. The ground truth is of the upright size."""
+    photo = dataset / "img/cats/a.jpg"
+    upright = Image.open(photo).convert("RGB")
+    before = next(iter(found_maps(dataset, model_file)))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(photo, exif=exif, quality=100, subsampling=0)
+    assert Image.open(photo).size == (40, 60)
+    listed = find_dataset(dataset, dataset / "sism")
+    assert len([*listed.check()]) == 2
+    after = next(iter(found_maps(dataset, model_file)))
+    assert after[0].shape == before[0].shape == (40, 60)
+    assert np.abs(after[0] - before[0]).mean() < 0.02
+    gt = dataset / "gt/cats/a.png"
+    Image.open(gt).transpose(Image.Transpose.ROTATE_90).save(gt)
+    with pytest.raises(InputError, match=r"a\.png: 40×60 pixels, but .*a\.jpg has 60×40"):
+        list(listed.check())
+
+
+def found_maps(path, model):
+    with Predictor(model, threads=1) as predictor:
+        return list(predictor.predict_groups(find_dataset(path, path / "sism").inputs()))
+
+
 def test_a_group_without_maps_is_an_error(dataset):
     listed = find_dataset(dataset, None)
     full = [[grey(gt) for gt in group] for group in listed.ground_truths]

@@ -15,7 +15,7 @@ from export.onnx_file import save_model
 from export.samples import smooth_group
 from export.to_onnx import write_onnx
 from runtime import InputError, ModelError, Predictor
-from runtime.packing import Packer, first_fit
+from runtime.packing import Packer, _Request, first_fit
 from tests.helpers import random_network
 
 NOISE = {"atol": 2e-2, "rtol": 0}  # two pixels of equal attention may change places; the mean is what counts
@@ -200,7 +200,7 @@ def test_groups_that_come_while_a_call_runs_share_the_next():
 def test_a_bounded_wait_for_others_ends_when_a_call_is_full():
     engine = Engine()
     engine.free.set()
-    packer = Packer(engine, limit=4, slots=2, delay=3600)
+    packer = Packer(engine, limit=4, slots=2, delay=30)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda value: packer(*numbered(1, value)), range(4)))
     assert engine.calls == [[1, 1, 1, 1]]
@@ -208,6 +208,33 @@ def test_a_bounded_wait_for_others_ends_when_a_call_is_full():
     start = time.monotonic()
     packer(*numbered(1, 0))
     assert time.monotonic() - start >= 0.05
+
+
+def test_max_delay_ms_is_in_milliseconds(exports):
+    with (
+        Predictor(exports.with_name("icnet.packed.onnx"), max_images=16, max_delay_ms=400) as predictor,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        start = time.monotonic()
+        try:
+            assert pool.submit(predictor.predict_tensors, *tensors(1)).result(20).shape == (1, 224, 224)
+        finally:
+            predictor.close()  # ends the wait, if it is still on
+        assert time.monotonic() - start >= 0.4
+
+
+def test_the_wait_for_others_ends_with_the_oldest_group_s():
+    """Whichever thread collects: a group that has waited long enough takes one that has just come along at once."""
+    engine = Engine()
+    engine.free.set()
+    packer = Packer(engine, limit=10, slots=1, delay=30)
+    oldest = _Request(numbered(2, 7), time.monotonic() - 1)
+    packer._waiting.append(oldest)
+    start = time.monotonic()
+    assert packer(*numbered(1, 5)).tolist() == [5]
+    assert time.monotonic() - start < 15
+    assert engine.calls == [[2, 1]]
+    assert oldest.outcome.tolist() == [7, 7]
 
 
 def test_many_groups_from_many_threads():

@@ -4,6 +4,7 @@ import re
 import struct
 import threading
 import zlib
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from runtime import InputError
-from runtime.preprocess import image_tensor, restore_map, save_map, sism_tensor
+from runtime.preprocess import image_tensor, restore_map, rgb_image, save_map, sism_tensor, upright_size
 from runtime.threads import Workers
 from tests.helpers import BIRDS
 
@@ -114,6 +115,58 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     np.testing.assert_array_equal(tensor, authors(upright, "RGB"))
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "avif", "jp2", "gif", "bmp", "ppm"])
+def test_the_size_without_decoding_is_that_of_the_decoded_image(tmp_path, suffix):
+    """Whatever stands in the orientation's place, in every format, with or without EXIF in it."""
+    turned = 0
+    for orientation in range(13):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = tmp_path / f"{orientation}.{suffix}"
+        Image.fromarray(noise(40, 60)).save(path, exif=exif)
+        assert upright_size(path) == rgb_image(path).size
+        turned += upright_size(path) == (40, 60)
+    assert turned == (4 if suffix in ("jpg", "png", "webp", "tif", "avif") else 0)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "I;16"])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_tiff_files_are_set_upright_as_png_files_are(tmp_path, mode, compression):
+    if mode == "I;16":
+        stored = Image.fromarray(noise(40, 60)[..., 0].astype(np.uint16) * 257)
+    else:
+        stored = Image.fromarray(noise(40, 60)).convert(mode)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored.save(tmp_path / "a.tif", exif=exif, compression=compression)
+        stored.save(tmp_path / "a.png", exif=exif)
+        tiff, png = (rgb_image(tmp_path / name) for name in ("a.tif", "a.png"))
+        np.testing.assert_array_equal(np.asarray(tiff), np.asarray(png))
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, BytesIO])
+def test_the_content_of_a_file_is_an_image(kind):
+    path = min(BIRDS.glob("*.jpg"))
+    content = kind(path.read_bytes())
+    for _ in range(2):  # a BytesIO is not used up
+        np.testing.assert_array_equal(image_tensor(content)[0], image_tensor(path)[0])
+        np.testing.assert_array_equal(sism_tensor(content), sism_tensor(path))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "I;16"])
+@pytest.mark.parametrize("value", ["x", (1, 2, 3, 4, 5), (1, "x"), 1.5, -7, 10**30, b"\x00" * 999, [], {}, object()])
+def test_nonsense_about_transparency_is_an_error_of_ours_or_of_no_effect(mode, value):
+    image = Image.new(mode, (20, 10), 300 if mode == "I;16" else 0)
+    image.info["transparency"] = value
+    try:
+        tensor, size = image_tensor(image, "images[3]")
+        said = f"images[3]: {tensor.shape}, {size}"
+    except InputError as error:
+        said = str(error)
+    assert said.startswith(("images[3]: (224, 224, 3), (20, 10)", "images[3]: damaged", "images[3]: Pillow can't"))
+
+
 def test_transparent_pixels_show_white_and_are_not_salient(tmp_path):
     pixels = np.dstack([noise(20, 20), np.zeros((20, 20), np.uint8)])
     Image.fromarray(pixels).save(tmp_path / "x.png")
@@ -137,6 +190,16 @@ def test_maps_come_back_at_the_images_size_within_0_and_1(height, width):
     assert (restored.shape, restored.dtype) == ((height, width), np.float32)
     assert restored.min() >= 0
     assert restored.max() <= 1
+
+
+def test_maps_are_enlarged_and_reduced_bilinearly():
+    """By hand: a step gets 1/4 and 3/4 at twice the size; at half of it a line is weighed by a triangle of 4 pixels."""
+    step = np.zeros((224, 224), np.float32)
+    step[:, 112:] = 1
+    np.testing.assert_allclose(restore_map(step, (448, 224))[9, 222:226], [0, 0.25, 0.75, 1], atol=1e-6)
+    line = np.zeros((224, 224), np.float32)
+    line[100] = 1
+    np.testing.assert_allclose(restore_map(line, (224, 112))[48:52, 9], [0, 0.125, 0.375, 0], atol=1e-6)
 
 
 def test_maps_come_back_in_place():
@@ -293,7 +356,11 @@ def test_the_transparent_value_of_a_16_bit_file(tmp_path):
         (Image.new("F", (5, 5), 7.0), "expected"),
         (Image.new("I", (5, 5), 70_000), "outside 0 … 65535"),
         (Image.new("RGB", (1, 1)), "1×1 pixels"),
-        (b"bytes", "expected a path, a NumPy array or a PIL image, got bytes"),
+        (b"bytes", "not an image, or of a format that Pillow can't read"),
+        (bytearray(b"bytes"), "not an image"),
+        (b"", "no bytes"),
+        (BytesIO(), "no bytes"),
+        (5, "expected a path, a NumPy array, a PIL image, or the bytes of a file, got int"),
         (None, "got NoneType"),
     ],
 )

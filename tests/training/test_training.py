@@ -184,6 +184,29 @@ def test_a_damaged_image_ends_training_with_its_name(dataset, icnet, tmp_path):
     assert "cat/2.jpg: damaged or truncated" in err
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])
+def test_images_that_lie_on_their_side_are_trained_on_upright(tmp_path, suffix):
+    """Of an image with an EXIF orientation, masks and SISMs of the upright size are taken, and none of the other."""
+    ramp = np.add.outer(np.arange(60), 3 * np.arange(40)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("img", "sism", "gt"):
+        (tmp_path / kind / "g").mkdir(parents=True)
+        for name in "ab":
+            if kind == "img":
+                side = Image.fromarray(ramp).transpose(Image.Transpose.ROTATE_90)
+                side.save(tmp_path / f"img/g/{name}.{suffix}", exif=exif)
+            else:
+                Image.fromarray(ramp).save(tmp_path / f"{kind}/g/{name}.png")
+    batch = DataSetBatches(tmp_path, seed=0, images=2, epochs=1)[0]
+    for image, sism, mask in zip(batch.images, batch.sisms, batch.masks, strict=True):
+        assert (image[..., 0].float() - sism.float()).abs().mean() < 4
+        assert torch.equal(sism, mask)
+    Image.fromarray(ramp).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "gt/g/b.png")
+    with pytest.raises(InputError, match=rf"b\.png: \(60, 40\) pixels, but its image .*\.{suffix} has \(40, 60\)"):
+        DataSetBatches(tmp_path, seed=0, images=2, epochs=1)
+
+
 def test_only_single_images(tmp_path, dataset):
     for group in ("cat", "cow"):
         (dataset / "img" / group).rename(tmp_path / group)
