@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from runtime.contract import FILE_DIGEST, ExportKind, TensorSpec
 from runtime.errors import DependencyError, ModelError, one_line
-from runtime.files import UNSEALED, check_seal, seal
+from runtime.files import UNSEALED, check_seal, seal, write_bytes
 
 if TYPE_CHECKING:
     import onnx
