@@ -12,6 +12,7 @@ import onnx
 import pytest
 from PIL import Image
 
+from export.onnx_file import save_model
 from export.to_onnx import write_onnx
 from runtime import ModelError, Predictor
 from runtime.backends.onnx import OnnxBackend
@@ -268,7 +269,6 @@ def test_what_is_no_folder_fails_its_group_only(predict, tmp_path, put):
     ("plain", "role"), [(True, "model"), (True, "intra"), (True, "banked"), (False, "intra"), (False, "banked")]
 )
 def test_resume_sees_every_file_of_the_model(icnet, data, tmp_path, exports, role, plain):
-    """Also where all that is noted in the file stays the same."""
     model = tmp_path / "model/icnet.onnx"
     model.parent.mkdir()
     files = dict(zip(("model", "intra", "banked"), (exports, *bank_files(exports)), strict=True))
@@ -281,7 +281,7 @@ def test_resume_sees_every_file_of_the_model(icnet, data, tmp_path, exports, rol
     assert "2 of 2 groups were finished already" in icnet(*words, "--resume")[1]
     changed = onnx.load(files[role])
     changed.doc_string = "another file"
-    onnx.save(changed, model.with_name(files[role].name))
+    save_model(changed, model.with_name(files[role].name))
     code, text, _ = icnet(*words, "--resume")
     assert code == 0
     assert "finished already" not in text
