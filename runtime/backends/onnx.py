@@ -282,10 +282,10 @@ def _checked(providers: object) -> list[Provider]:
             case _:
                 listed = []
                 break
-        if name == CPU and options:
-            raise InputError(f"providers: {CPU} takes no options, got {options}")
-        if name in CUDA and not str(options.get("device_id", 0)).isdecimal():
-            raise InputError(f"providers: device_id={options['device_id']!r}: expected a GPU's number")
+        if name == CPU and (unknown := [option for option in options if option != "device_id"]):
+            raise InputError(f"providers: {CPU} has no option {unknown[0]!r}")  # ONNX Runtime passes over it
+        if not str(options.get("device_id", 0)).isdecimal():
+            raise InputError(f"providers: device_id={options['device_id']!r}: expected a device's number")
     if not listed:
         raise InputError(
             f"providers={providers!r}: expected a list of execution providers, each a name or (name, options), e.g. "
