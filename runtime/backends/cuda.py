@@ -272,7 +272,7 @@ class _Owned:
 
     def __init__(self, primary: _Primary, owned: Any) -> None:
         self._primary = primary
-        primary.keep(id(self), owned)
+        primary.keep(id(self), owned, getattr(owned, "free", None))
 
     @property
     def object(self) -> Any:
@@ -292,6 +292,7 @@ class Stream(_Owned):
 
     @property
     def handle(self) -> int:
+        """Its CUstream, as TensorRT and cuda-bindings take it."""
         return int(self.object.handle)
 
     def synchronize(self) -> None:
