@@ -47,6 +47,10 @@ class ModelError(ICNetError):
     """A model file that can't be read, is not an exported ICNet, or can't run what it was given."""
 
 
+class DeviceLostError(ModelError):
+    """The GPU stopped at an error after which the driver refuses every call until the process ends."""
+
+
 class CheckpointError(ICNetError):
     """A checkpoint that is not ICNet's, or not whole."""
 

@@ -4,28 +4,43 @@ Everything lives in the device's primary context, the one that TensorRT uses, an
 
     with cuda:
         stream = cuda.stream()
+
+What is made here may be freed, dropped or closed in any thread.
 """
 
 import ctypes
 import importlib
 import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from runtime.errors import DependencyError, ModelError, how_to_install
+from runtime.errors import DependencyError, DeviceLostError, ICNetError, ModelError, how_to_install
+
+NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING, which PyCUDA does not name
+RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+# After these the driver wants the process to end (cuda.h: "the process must be terminated and relaunched").
+STICKY = {214, 220, 700, 702, 709, 710, *range(714, 720), 721}
 
 
 class Cuda:
     """One GPU, through its primary context; entering pushes the context on this thread, leaving pops it.
+
+    Dropped without `close`, or at the interpreter's exit, it closes itself.
 
     Args:
         device: the GPU's number.
 
     Raises:
         DependencyError: PyCUDA is not installed, or there is no NVIDIA driver or GPU.
+        DeviceLostError: the GPU stopped at an earlier error in this process.
     """
 
     def __init__(self, device: int = 0) -> None:
@@ -35,79 +50,285 @@ class Cuda:
             if "libcuda" in str(error):
                 raise DependencyError("no NVIDIA driver on this machine (libcuda.so.1): a GPU is needed") from error
             raise DependencyError(f"pycuda is not installed: {how_to_install('gpu')}") from error
+        library = _load_driver()
         try:
             self._driver.init()
-            self._context = self._driver.Device(device).retain_primary_context()
+            context = self._driver.Device(device).retain_primary_context()
         except self._driver.Error as error:
             raise DependencyError(f"GPU {device} can't be used: {error}") from error
+        self._primary = _Primary(self._driver, library, context, device)
+        self._finalizer = weakref.finalize(self, self._primary.close)
+        try:
+            self.check()
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
-        self._context.push()
+        self._primary.push()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._driver.Context.pop()
+        self._primary.pop()
+
+    def check(self) -> None:
+        """Raise DeviceLostError if the GPU stopped at an error: ours, or one that TensorRT or PyTorch met."""
+        with self:
+            self._primary.look("an earlier call")
+        self._primary.refuse_if_lost()
 
     def close(self) -> None:
-        """Release the primary context; other users of it are not affected."""
-        self._context.detach()
+        """Free all that was made here and release the primary context; other users of it are not affected.
 
-    def stream(self) -> Any:
-        """A new stream; `.handle` is its CUstream."""
-        return self._driver.Stream()
+        In any thread. While another thread is inside, that happens when it leaves.
+        """
+        self._finalizer()
 
-    def event(self) -> Any:
-        """A new event, without timing; waiting for it spins, which is the fastest way to notice it."""
-        return self._driver.Event(self._driver.event_flags.DISABLE_TIMING)
+    def stream(self) -> "Stream":
+        """A new stream that does not wait for the legacy stream.
+
+        A capture on a stream that does would break, and be broken by, legacy calls anywhere in the process.
+        """
+        with self._primary.calls():
+            return Stream(self._primary, self._driver.Stream(NON_BLOCKING))
+
+    def event(self, *, blocking: bool = False) -> "Event":
+        """A new event, without timing. Waiting for it spins, which notices it soonest; `blocking`: sleeps."""
+        flags = self._driver.event_flags.DISABLE_TIMING
+        if blocking:
+            flags |= self._driver.event_flags.BLOCKING_SYNC
+        with self._primary.calls():
+            return Event(self._primary, self._driver.Event(flags))
 
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """A page-locked array, as asynchronous copies need it; give it back with `free_pinned`."""
+        """A page-locked array, as asynchronous copies need it. It lives until `free_pinned` or `close`.
+
+        Raises:
+            ModelError: the system refuses so much.
+        """
         wanted = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        try:
+        with self._primary.calls(_out_of_memory("page-locked host", wanted)):
             array: NDArray[Any] = self._driver.pagelocked_empty(shape, dtype)
-        except self._driver.Error as error:
-            raise _out_of_memory("page-locked host", wanted) from error
+        base: Any = array.base
+        self._primary.keep(id(array), array, base.free)
         return array
 
     def free_pinned(self, array: NDArray[Any]) -> None:
-        """Free what `pinned` returned; the array must not be touched afterwards."""
-        array.base.free()  # type: ignore[union-attr]
+        """Free what `pinned` returned; neither it nor a view of it may be touched afterwards."""
+        self._primary.drop(id(array))
 
-    def allocate(self, size: int) -> Any:
-        """Device memory of `size` bytes; `int()` of it is its address, `.free()` gives it back.
+    def allocate(self, size: int) -> "Memory":
+        """Device memory of `size` bytes; `int()` of it is its address.
 
         Raises:
             ModelError: there is not that much.
         """
-        try:
-            return self._driver.mem_alloc(size)
-        except self._driver.Error as error:
-            raise _out_of_memory("device", size) from error
+        with self._primary.calls(_out_of_memory("device", size)):
+            return Memory(self._primary, self._driver.mem_alloc(size))
 
-    def copy_in(self, destination: Any, source: NDArray[Any], stream: Any) -> None:
+    def copy_in(self, destination: "Memory", source: NDArray[Any], stream: "Stream") -> None:
         """Queue a copy of page-locked memory to the device."""
-        self._driver.memcpy_htod_async(destination, source, stream)
+        with self._primary.calls():
+            self._driver.memcpy_htod_async(destination.object, source, stream.object)
 
-    def copy_out(self, destination: NDArray[Any], source: Any, stream: Any) -> None:
+    def copy_out(self, destination: NDArray[Any], source: "Memory", stream: "Stream") -> None:
         """Queue a copy from the device to page-locked memory."""
-        self._driver.memcpy_dtoh_async(destination, source, stream)
+        with self._primary.calls():
+            self._driver.memcpy_dtoh_async(destination, source.object, stream.object)
 
-    def capture(self, stream: Any) -> "Capture | None":
+    def capture(self, stream: "Stream") -> "Capture | None":
         """A context manager that records what is queued on `stream` as a graph; None without `cuda-bindings`."""
         try:
             bindings = importlib.import_module("cuda.bindings.driver")
         except ImportError:  # PyCUDA can't capture
             return None
-        return Capture(bindings, stream)
+        return Capture(self._primary, bindings, stream)
+
+
+class _Primary:
+    """A reference to the primary context and all that was made in it.
+
+    PyCUDA frees an object, and releases a context, only in the thread that made the context or where it is current;
+    else it leaks them. So this keeps the only references, and drops them with the context pushed.
+    """
+
+    def __init__(self, driver: Any, library: Any, context: Any, device: int) -> None:
+        self._driver, self._library, self._context, self._device = driver, library, context, device
+        self._lock = threading.RLock()  # a garbage collection may free something within
+        self._kept: dict[int, tuple[Any, Callable[[], None] | None]] = {}
+        self._inside = 0
+        self._closed = self._released = False
+        self._lost: str | None = None
+
+    def push(self) -> None:
+        self.refuse_if_lost()
+        with self._lock:
+            if self._closed:
+                raise ICNetError("this GPU context is closed")
+            self._push()
+
+    def _push(self) -> None:
+        with self.calls():
+            self._context.push()
+        self._inside += 1
+
+    def pop(self) -> None:
+        self._driver.Context.pop()
+        with self._lock:
+            self._inside -= 1
+            self._release_if_unused()
+
+    def keep(self, key: int, kept: Any, destroy: Callable[[], None] | None = None) -> None:
+        """Hold an object of the context until `drop`, which calls `destroy` or else drops the last reference."""
+        with self._lock:
+            self._kept[key] = kept, destroy
+
+    def find(self, key: int) -> Any:
+        """An object that is kept."""
+        found = self._kept.get(key)
+        if found is None:
+            raise ICNetError("used after it was freed, or after its GPU context was closed")
+        return found[0]
+
+    def drop(self, key: int) -> None:
+        """Free an object, in any thread; nothing if that has been done."""
+        with self._lock:
+            if key not in self._kept or self._lost is not None:  # a lost context takes its objects along
+                return
+            try:
+                self._push()
+            except ModelError:
+                return
+            try:
+                self._destroy(key)
+            finally:
+                self.pop()
+
+    def _destroy(self, key: int) -> None:
+        with self._relaxed():
+            kept, destroy = self._kept.pop(key)
+            try:
+                if destroy is not None:
+                    destroy()
+            except (self._driver.Error, ModelError) as error:  # its owner could do nothing about it
+                self.look(str(error))
+            del kept, destroy
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._release_if_unused()
+
+    def _release_if_unused(self) -> None:
+        if not self._closed or self._inside or self._released:
+            return
+        self._released = True
+        self._context.push()
+        self.look("an earlier call")
+        if self._lost is None:
+            for key in list(self._kept):
+                self._destroy(key)
+        # `detach` releases the context and never pops it. Popped behind PyCUDA's back it is gone from the driver's
+        # stack; PyCUDA still takes it for the current one, as it must to release it in whatever thread.
+        self._library.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+        self._context.detach()
+        self._kept.clear()
+
+    @contextmanager
+    def _relaxed(self) -> Iterator[None]:
+        """Allow freeing while this thread captures: a garbage collection may come at any time."""
+        mode = ctypes.c_int(RELAXED)
+        self._library.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+        try:
+            yield
+        finally:
+            self._library.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+
+    @contextmanager
+    def calls(self, out_of_memory: str | None = None) -> Iterator[None]:
+        """Turn PyCUDA's errors into ours."""
+        try:
+            yield
+        except self._driver.Error as error:
+            self.look(str(error))
+            self.refuse_if_lost()
+            refused = out_of_memory is not None and "out of memory" in str(error)
+            raise ModelError(str(out_of_memory) if refused else f"GPU {self._device}: {error}") from error
+
+    def look(self, cause: str) -> None:
+        """Note whether the context is lost; needs it pushed. `cause` names the call that failed."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        code = self._library.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+        if code in STICKY:
+            self._lost = self._lost or f"{cause}, error {code}"
+
+    def refuse_if_lost(self) -> None:
+        if self._lost is not None:
+            raise _lost(self._device, self._lost)
+
+
+class _Owned:
+    """Something of PyCUDA's in a context. Freed by `free`, by the garbage collector, or with the context."""
+
+    def __init__(self, primary: _Primary, owned: Any) -> None:
+        self._primary = primary
+        primary.keep(id(self), owned, getattr(owned, "free", None))
+
+    @property
+    def object(self) -> Any:
+        """PyCUDA's object."""
+        return self._primary.find(id(self))
+
+    def free(self) -> None:
+        """Destroy it, in any thread."""
+        self._primary.drop(id(self))
+
+    def __del__(self) -> None:
+        self.free()
+
+
+class Stream(_Owned):
+    """A stream; `handle` is its CUstream."""
+
+    @property
+    def handle(self) -> int:
+        """Its CUstream, as TensorRT and cuda-bindings take it."""
+        return int(self.object.handle)
+
+    def synchronize(self) -> None:
+        """Wait for all that is queued; needs the context pushed."""
+        with self._primary.calls():
+            self.object.synchronize()
+
+
+class Event(_Owned):
+    """A mark in a stream."""
+
+    def record(self, stream: Stream) -> None:
+        """Put it behind all that is queued on the stream."""
+        with self._primary.calls():
+            self.object.record(stream.object)
+
+    def synchronize(self) -> None:
+        """Wait until the stream has come to it; needs the context pushed."""
+        with self._primary.calls():
+            self.object.synchronize()
+
+
+class Memory(_Owned):
+    """Device memory; `int()` of it is its address."""
+
+    def __int__(self) -> int:
+        return int(self.object)
 
 
 class Capture:
     """Records a stream while entered; afterwards `launch` queues all of it at once. Errors leave no graph behind."""
 
-    def __init__(self, bindings: Any, stream: Any) -> None:
+    def __init__(self, primary: _Primary, bindings: Any, stream: Stream) -> None:
+        self._primary = primary
         self._bindings = bindings
         self._stream = stream
-        self._executable: Any = None
 
     def __enter__(self) -> Self:
         # Thread-local: what other threads do with CUDA meanwhile is theirs.
@@ -116,30 +337,42 @@ class Capture:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is not None:  # the capture may be invalid for the same reason: the first error says more
+            _, graph = self._bindings.cuStreamEndCapture(self._stream.handle)
+            if graph is not None and int(graph):
+                self._bindings.cuGraphDestroy(graph)
+            return
         graph = self._call("cuStreamEndCapture", self._stream.handle)
         try:
-            if error is None:
-                self._executable = self._call("cuGraphInstantiate", graph, 0)
+            executable = self._call("cuGraphInstantiate", graph, 0)
         finally:
             self._call("cuGraphDestroy", graph)
+        self._primary.keep(id(self), executable, partial(self._bindings.cuGraphExecDestroy, executable))
 
     def launch(self) -> None:
         """Queue the recorded work on the stream that it was recorded from."""
-        self._call("cuGraphLaunch", self._executable, self._stream.handle)
+        self._call("cuGraphLaunch", self._primary.find(id(self)), self._stream.handle)
 
     def free(self) -> None:
-        """Destroy the graph."""
-        self._call("cuGraphExecDestroy", self._executable)
+        """Destroy the graph, in any thread."""
+        self._primary.drop(id(self))
+
+    def __del__(self) -> None:
+        self.free()
 
     def _call(self, function: str, *args: Any) -> Any:
         code, *results = getattr(self._bindings, function)(*args)
         if int(code) != 0:
+            self._primary.look(f"{function} failed")
+            self._primary.refuse_if_lost()
             raise ModelError(f"CUDA graph: {function} failed with {code}")
         return results[0] if results else None
 
 
 class PageLocked:
     """Page-locked host memory, asked of the driver itself: for engines that work without PyCUDA.
+
+    Dropped without `close`, or at the interpreter's exit, it closes itself.
 
     Args:
         device: the number of the GPU that copies from and to it.
@@ -149,49 +382,66 @@ class PageLocked:
     """
 
     def __init__(self, device: int = 0) -> None:
-        self._driver = _load_driver()
-        self._device, self._context = ctypes.c_int(), ctypes.c_void_p()
+        self._driver, self._number = _load_driver(), device
+        number, self._context = ctypes.c_int(), ctypes.c_void_p()
         for function, *args in (
             ("cuInit", 0),
-            ("cuDeviceGet", ctypes.byref(self._device), device),
-            ("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device),
+            ("cuDeviceGet", ctypes.byref(number), device),
+            ("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), number),
         ):
             if code := getattr(self._driver, str(function))(*args):
                 raise DependencyError(f"GPU {device} can't be used: {function} failed with {code}")
+        self._allocated: set[int] = set()
+        self._finalizer = weakref.finalize(
+            self, _release_page_locked, self._driver, number, self._context, self._allocated
+        )
 
     def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """A page-locked array; give it back with `free`.
+        """A page-locked array. It lives until `free` or `close`.
 
         Raises:
             ModelError: there is not that much.
+            DeviceLostError: the GPU stopped at an earlier error in this process.
         """
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         address = ctypes.c_void_p()
         code = self._call("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(size), ctypes.c_uint(0))
+        if code in STICKY:
+            raise _lost(self._number, f"error {code}")
         if code or address.value is None:
-            raise ModelError(
-                f"out of page-locked host memory: {size / 2**20:.0f} MiB were wanted (error {code}); split the group"
-            )
+            raise ModelError(f"{_out_of_memory('page-locked host', size)} (error {code})")
+        self._allocated.add(address.value)
         memory: Any = (ctypes.c_ubyte * size).from_address(address.value)
         array: NDArray[Any] = np.frombuffer(memory, dtype).reshape(shape)
         return array
 
     def free(self, array: NDArray[Any]) -> None:
-        """Free what `allocate` returned; the array must not be touched afterwards."""
+        """Free what `allocate` returned; neither it nor a view of it may be touched afterwards."""
+        self._allocated.discard(array.ctypes.data)
         self._call("cuMemFreeHost", ctypes.c_void_p(array.ctypes.data))
 
     def close(self) -> None:
-        """Release the primary context; other users of it are not affected."""
-        self._driver.cuDevicePrimaryCtxRelease_v2(self._device)
+        """Free what is left and release the primary context; other users of it are not affected."""
+        self._finalizer()
 
     def _call(self, function: str, *args: Any) -> int:
-        """Call with the context current on this thread; the driver's code, 0 for success."""
-        previous = ctypes.c_void_p()
-        self._driver.cuCtxPushCurrent_v2(self._context)
-        try:
-            return int(getattr(self._driver, function)(*args))
-        finally:
-            self._driver.cuCtxPopCurrent_v2(ctypes.byref(previous))
+        return _call_within(self._driver, self._context, function, *args)
+
+
+def _call_within(driver: Any, context: ctypes.c_void_p, function: str, *args: Any) -> int:
+    """Call the driver with a context current on this thread; its code, 0 for success."""
+    if code := driver.cuCtxPushCurrent_v2(context):
+        return int(code)
+    try:
+        return int(getattr(driver, function)(*args))
+    finally:
+        driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+
+
+def _release_page_locked(driver: Any, device: ctypes.c_int, context: ctypes.c_void_p, allocated: set[int]) -> None:
+    while allocated:
+        _call_within(driver, context, "cuMemFreeHost", ctypes.c_void_p(allocated.pop()))
+    driver.cuDevicePrimaryCtxRelease_v2(device)
 
 
 def _load_driver() -> Any:
@@ -202,8 +452,15 @@ def _load_driver() -> Any:
         raise DependencyError(f"no NVIDIA driver on this machine ({name}): a GPU is needed") from error
 
 
-def _out_of_memory(kind: str, wanted: int) -> ModelError:
-    return ModelError(
+def _lost(device: int, cause: str) -> DeviceLostError:
+    return DeviceLostError(
+        f"GPU {device} stopped ({cause}) and can't be used again in this process: restart the process"
+    )
+
+
+def _out_of_memory(kind: str, wanted: int) -> str:
+    limit = "; raise the system's limit on locked memory (ulimit -l)" if kind != "device" else ""
+    return (
         f"out of {kind} memory: {wanted / 2**20:.0f} MiB were wanted; build the engine for smaller groups (--max), "
-        "or use fewer slots"
+        f"split the group, or use fewer slots{limit}"
     )

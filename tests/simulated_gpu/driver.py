@@ -83,7 +83,8 @@ def pycuda_driver(gpu):
         return np.asarray(PinnedAllocation(shape, dtype))
 
     class Stream:
-        def __init__(self):
+        def __init__(self, flags):
+            check(flags == 1, "a blocking stream, whose captures break on legacy calls")
             gpu.need_context()
             self.handle = next(gpu.handles)
             self.queue, self.capturing = [], None
@@ -195,6 +196,7 @@ def library(gpu):
         cuInit=lambda flags: 0, cuDeviceGet=lambda device, number: 101 if number else 0,
         cuDevicePrimaryCtxRetain=retain, cuDevicePrimaryCtxRelease_v2=release, cuCtxPushCurrent_v2=push,
         cuCtxPopCurrent_v2=pop, cuMemHostAlloc=allocate, cuMemFreeHost=free,
+        cuMemGetInfo_v2=lambda free, total: 0, cuThreadExchangeStreamCaptureMode=lambda mode: 0,
     )  # fmt: skip
 
 
