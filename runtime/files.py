@@ -83,7 +83,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a temporary file, from `replacing`; every file of this package is written here.
+    """Write a temporary file, from `replacing`, which then syncs it; every file of this package is written here.
 
     Libraries that write by themselves may miss that the disk is full: give them `encoded`.
 
@@ -93,7 +93,6 @@ def write_bytes(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
         written = os.fstat(file.fileno()).st_size
     if written != len(content):
         raise OSError(errno.ENOSPC, f"{written} of {len(content)} bytes were written")
