@@ -54,7 +54,7 @@ def pycuda_driver(gpu):
 
     def mem_alloc(size):
         gpu.need_context()
-        if sum(a.size for a in gpu.allocations.values()) + size > gpu.memory:
+        if gpu.used() + size > gpu.memory:
             raise Error("cuMemAlloc failed: out of memory")
         return DeviceAllocation(size)
 
@@ -103,6 +103,8 @@ def pycuda_driver(gpu):
 
         def synchronize(self):
             gpu.need_context()
+            if gpu.sticky:
+                raise Error(f"cuStreamSynchronize failed: error {gpu.sticky}")
             check(self.capturing is None, "a capturing stream was synchronised")
             self.run_until(None)
 
@@ -120,6 +122,8 @@ def pycuda_driver(gpu):
 
         def synchronize(self):
             gpu.need_context()
+            if gpu.sticky:
+                raise Error(f"cuEventSynchronize failed: error {gpu.sticky}")
             if self.stream is None:
                 raise Violation("waited for an event that was never recorded")
             gpu.note("wait", self.stream.handle)
@@ -128,6 +132,8 @@ def pycuda_driver(gpu):
 
     def memcpy_htod_async(destination, source, stream):
         gpu.need_context()
+        if gpu.sticky:
+            raise Error(f"cuMemcpyHtoDAsync failed: error {gpu.sticky}")
         data, address = gpu.pinned_bytes(source), int(destination)
         gpu.device_view(address, data.size)
 
@@ -225,8 +231,8 @@ def graphs(gpu):
 
     def launch(executable, handle):
         gpu.need_context()
-        if gpu.fail_launch:
-            return (719,)
+        if gpu.fail_launch or gpu.sticky:
+            return (gpu.sticky or 719,)
         gpu.note("launch", handle)
         gpu.streams[handle].queue.extend(executable)
         return (0,)
