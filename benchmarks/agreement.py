@@ -74,7 +74,7 @@ def precision_of(path: Path) -> str:
     except ModelError:  # not an ONNX file; whether it is a model at all shows when it is started
         try:
             record = json.loads(path.with_name(f"{path.name}.json").read_text(encoding="utf-8"))
-            notes, options = record["onnx_metadata"] or {}, record["options"]
+            notes, options = record["onnx_metadata"] or {}, record.get("options") or {}
             if notes.get("precision") == "fp32" and options.get("tf32"):
                 return "tf32"
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
