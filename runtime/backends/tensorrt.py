@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections import Counter, deque
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from runtime.backends.cuda import Capture, Cuda
 from runtime.backends.engine_file import KernelCache, Lengths, LoadedEngine, load_engine, read_engine
 from runtime.contract import ExportKind
-from runtime.errors import ICNetError, ModelError, one_line
+from runtime.errors import DeviceLostError, ICNetError, ModelError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ class _Pool:
         slot = self._acquire()
         try:
             with self._cuda:
-                slot.queue(*tensors)
+                slot.queue(*tensors, alone=not self._in_flight)
         except BaseException as error:
             with self._changed:
                 self._free.append(slot)
@@ -199,9 +199,11 @@ class _Pool:
                     break
                 oldest = self._in_flight[0]
             oldest.finish()
-        with ExitStack() as stack:  # whatever fails, the rest is freed
+        with ExitStack() as stack:
             stack.callback(self._cuda.close)
-            stack.enter_context(self._cuda)
+            with suppress(DeviceLostError):  # its memory is gone then
+                stack.enter_context(self._cuda)
+                self._contexts.save_kernels()
             stack.callback(self._contexts.close)
             while self._free:
                 stack.callback(self._free.pop().free)
@@ -242,10 +244,13 @@ class _Contexts:
         context.set_device_memory(int(scratch), self.scratch_size)
         return context
 
-    def close(self) -> None:
-        """Keep the kernels that were compiled. The engine goes with the last context."""
+    def save_kernels(self) -> None:
+        """Keep the kernels that were compiled."""
         if self._kernels is not None:
             self._kernels.save()
+
+    def close(self) -> None:
+        """Drop the engine, which goes with the last context."""
         del self.loaded
 
 
@@ -273,24 +278,33 @@ class _Slot:
                 self._host[spec.name], self._device[spec.name] = buffer, memory
             self._scratch = cuda.allocate(contexts.scratch_size)  # shared by the slot's contexts: one runs at a time
             stack.callback(self._scratch.free)
-            self._stream, self._event = cuda.stream(), cuda.event()
+            self._stream, self._spinning, self._sleeping = cuda.stream(), cuda.event(), cuda.event(blocking=True)
+            self._event = self._spinning  # behind the last call
+            for made in (self._stream, self._spinning, self._sleeping):
+                stack.callback(made.free)
             self._plain = self._context()
             self._buffers = stack.pop_all()
 
     def free(self) -> None:
         """Give everything back; the slot can't be used any more."""
         try:
-            self._stream.synchronize()  # a call that failed or was interrupted may have left work behind
-            for capture in self._graphs.values():
-                capture.free()
-        finally:
-            self._graphs.clear()
-            self._captured.clear()
-            del self._plain, self._contexts, self._stream, self._event  # contexts go before the memory they work on
-            self._buffers.close()
+            with self._cuda:  # a call that failed or was interrupted may have left work behind
+                self._stream.synchronize()
+        except ModelError as error:  # the GPU is lost, and with it all that this waits for
+            logger.debug("freed without waiting: %s", error)
+        for capture in self._graphs.values():
+            capture.free()
+        self._graphs.clear()
+        self._captured.clear()
+        del self._plain, self._contexts  # contexts go before the memory that they work on
+        self._buffers.close()
 
-    def queue(self, *tensors: NDArray[Any]) -> None:
-        """Queue copies in, execution and copies out of a call, and the event that ends them."""
+    def queue(self, *tensors: NDArray[Any], alone: bool = True) -> None:
+        """Queue copies in, execution and copies out of a call, and the event that ends them.
+
+        Waiting for a call that is alone spins, which notices its end soonest. Beside others it sleeps: the GPU has more
+        to do meanwhile, and a spinning wait would take a core from the threads that decode and restore.
+        """
         lengths = tuple(len(array) for array in tensors)
         profile = self._profiles.index(lengths)
         if profile is None:
@@ -305,6 +319,7 @@ class _Slot:
         else:
             self._prepare(self._plain, lengths, profile)
             self._enqueue(self._plain, lengths)
+        self._event = self._spinning if alone else self._sleeping
         self._event.record(self._stream)
 
     def wait(self, n: int) -> NDArray[np.float32]:
@@ -378,7 +393,9 @@ class _Slot:
         del self._captured[len(self._graphs) :]
 
 
-def _failure(images: int, error: Exception) -> ModelError:
+def _failure(images: int, error: Exception) -> ICNetError:
+    if isinstance(error, DeviceLostError):
+        return error
     return ModelError(f"the GPU failed on a group of {images}: {one_line(error)}")
 
 

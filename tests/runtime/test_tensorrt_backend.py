@@ -16,8 +16,9 @@ from export.checkpoint import weights_digest
 from export.onnx_file import save_model
 from export.to_onnx import write_onnx
 from runtime import DependencyError, ICNetError, InputError, ModelError, Predictor
+from runtime.backends.cuda import NON_BLOCKING
 from runtime.backends.tensorrt import TensorRTBackend
-from runtime.errors import how_to_install
+from runtime.errors import DeviceLostError, how_to_install
 from runtime.files import bank_files
 from runtime.tensorrt_library import log_of
 from tests.helpers import BIRDS, group, random_network
@@ -338,18 +339,61 @@ def test_pycudas_own_errors_are_ours(gpu, engine, expected, monkeypatch):
     driver = sys.modules["pycuda.driver"]
 
     def fail(*_):
-        raise driver.Error("cuMemcpyHtoDAsync failed:\nan illegal memory access was encountered")
+        raise driver.Error("cuMemcpyHtoDAsync failed: an illegal memory access was encountered")
 
     tensors, maps = expected[4]
     with Predictor(engine, slots=2) as predictor:
         with monkeypatch.context() as patch:
             patch.setattr(driver, "memcpy_htod_async", fail)
             for _ in range(3):  # more often than there are slots
-                with pytest.raises(ModelError, match=r"the GPU failed on a group of 3: cuMemcpy.* an illegal memory"):
+                with pytest.raises(ModelError, match=r"GPU .*: cuMemcpyHtoDAsync failed: an illegal memory"):
                     predictor.predict_tensors(*tensors)
         np.testing.assert_array_equal(predictor.predict_tensors(*tensors), maps)
     gc.collect()
     assert gpu.leaks() == {}
+
+
+def test_tensorrts_own_exceptions_are_ours(gpu, engine, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("Unable to\nexecute")
+
+    with Predictor(engine) as predictor:
+        context = type(predictor._backend._pool._free[0]._plain)
+        monkeypatch.setattr(context, "execute_async_v3", fail)
+        for _ in range(3):
+            with pytest.raises(ModelError, match="the GPU failed on a group of 2: Unable to execute"):
+                predictor.predict_tensors(*group(2))
+    gc.collect()
+    assert gpu.leaks() == {}
+
+
+def test_a_gpu_that_stopped_is_refused_from_then_on(any_gpu, engine):
+    predictor = Predictor(engine)
+    predictor.predict_tensors(*group(2))
+    any_gpu.sticky = 719
+    for _ in range(4):
+        with pytest.raises(DeviceLostError, match=r"GPU 0 stopped \(.*719\).*restart the process"):
+            predictor.predict_tensors(*group(2))
+    predictor.close()
+    with pytest.raises(ICNetError, match="closed"):
+        predictor.predict_tensors(*group(2))
+    gc.collect()
+    assert any_gpu.alive["execution context"] == any_gpu.alive["engine"] == 0
+    with pytest.raises(DeviceLostError, match="GPU 0 stopped"):
+        Predictor(engine)
+
+
+def test_waits_beside_other_calls_sleep_and_lone_ones_spin(gpu, engine):
+    def waits():
+        return [detail for kind, _, detail in gpu.log if kind == "wait"]
+
+    with Predictor(engine) as predictor:
+        for _ in range(3):
+            predictor.predict_tensors(*group(1))
+        assert waits() == [None] * 3
+        gpu.log.clear()
+        assert len(list(predictor.predict_groups([group(1)] * 5))) == 5
+        assert waits() == [None, *["sleep"] * 4]
 
 
 def test_a_refused_shape_is_an_error_and_not_the_shape_before(gpu, engine, expected):
@@ -645,7 +689,7 @@ class TestTheSimulationIsStrict:
         return driver
 
     def test_copies_happen_only_when_waited_for(self, driver):
-        host, memory, stream = driver.pagelocked_empty((4,), np.uint8), driver.mem_alloc(4), driver.Stream()
+        host, memory, stream = driver.pagelocked_empty((4,), np.uint8), driver.mem_alloc(4), driver.Stream(NON_BLOCKING)
         host[:] = 1
         driver.memcpy_htod_async(memory, host, stream)
         host[:] = 2  # too early: the copy has not happened
@@ -656,15 +700,15 @@ class TestTheSimulationIsStrict:
 
     def test_pageable_memory_is_refused(self, driver):
         with pytest.raises(Violation, match="pageable"):
-            driver.memcpy_htod_async(driver.mem_alloc(4), np.zeros(4, np.uint8), driver.Stream())
+            driver.memcpy_htod_async(driver.mem_alloc(4), np.zeros(4, np.uint8), driver.Stream(NON_BLOCKING))
 
     def test_addresses_outside_an_allocation_are_refused(self, driver):
         host, memory = driver.pagelocked_empty((8,), np.uint8), driver.mem_alloc(4)
         with pytest.raises(Violation, match="not inside one live device allocation"):
-            driver.memcpy_htod_async(memory, host, driver.Stream())
+            driver.memcpy_htod_async(memory, host, driver.Stream(NON_BLOCKING))
 
     def test_freed_memory_is_poisoned_and_refused(self, driver):
-        host, memory, stream = driver.pagelocked_empty((4,), np.uint8), driver.mem_alloc(4), driver.Stream()
+        host, memory, stream = driver.pagelocked_empty((4,), np.uint8), driver.mem_alloc(4), driver.Stream(NON_BLOCKING)
         driver.memcpy_htod_async(memory, host, stream)
         memory.free()
         with pytest.raises(Violation, match="live device allocation"):
@@ -683,7 +727,7 @@ class TestTheSimulationIsStrict:
         log = log_of(trt)
         loaded = trt.Runtime(log.logger).deserialize_cuda_engine(engine.read_bytes())
         context = loaded.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        stream = driver.Stream().handle
+        stream = driver.Stream(NON_BLOCKING).handle
         context.set_optimization_profile_async(1, stream)
         with log.listening() as heard:
             assert not context.set_input_shape("images", shape)

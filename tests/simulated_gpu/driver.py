@@ -111,6 +111,7 @@ def pycuda_driver(gpu):
     class Event:
         def __init__(self, flags=0):
             gpu.need_context()
+            self.wait = "sleep" if flags & 1 else None
             self.stream: Stream | None = None
 
         def record(self, stream):
@@ -126,7 +127,7 @@ def pycuda_driver(gpu):
                 raise Error(f"cuEventSynchronize failed: error {gpu.sticky}")
             if self.stream is None:
                 raise Violation("waited for an event that was never recorded")
-            gpu.note("wait", self.stream.handle)
+            gpu.note("wait", self.stream.handle, self.wait)
             if self.marker in self.stream.queue:
                 self.stream.run_until(self.marker)
 
@@ -154,7 +155,8 @@ def pycuda_driver(gpu):
 
     vars(driver).update(
         Error=Error, Context=Context, Device=Device, Stream=Stream, Event=Event, init=lambda: None,
-        event_flags=SimpleNamespace(DISABLE_TIMING=2), mem_alloc=mem_alloc, pagelocked_empty=pagelocked_empty,
+        event_flags=SimpleNamespace(DISABLE_TIMING=2, BLOCKING_SYNC=1),
+        mem_alloc=mem_alloc, pagelocked_empty=pagelocked_empty,
         memcpy_htod_async=memcpy_htod_async, memcpy_dtoh_async=memcpy_dtoh_async,
     )  # fmt: skip
     return driver
@@ -202,7 +204,7 @@ def library(gpu):
         cuInit=lambda flags: 0, cuDeviceGet=lambda device, number: 101 if number else 0,
         cuDevicePrimaryCtxRetain=retain, cuDevicePrimaryCtxRelease_v2=release, cuCtxPushCurrent_v2=push,
         cuCtxPopCurrent_v2=pop, cuMemHostAlloc=allocate, cuMemFreeHost=free,
-        cuMemGetInfo_v2=lambda free, total: 0, cuThreadExchangeStreamCaptureMode=lambda mode: 0,
+        cuMemGetInfo_v2=lambda free, total: gpu.sticky, cuThreadExchangeStreamCaptureMode=lambda mode: 0,
     )  # fmt: skip
 
 
