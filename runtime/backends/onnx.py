@@ -324,10 +324,11 @@ def _checked(providers: object) -> list[Provider]:
             case _:
                 listed = []
                 break
-        if name == CPU and options:
+        if name in CUDA:
+            if not str(options.get("device_id", 0)).isdecimal():
+                raise InputError(f"providers: device_id={options['device_id']!r}: expected a GPU's number")
+        elif name == CPU and options:
             raise InputError(f"providers: {CPU} takes no options, got {options}")
-        if name in CUDA and not str(options.get("device_id", 0)).isdecimal():
-            raise InputError(f"providers: device_id={options['device_id']!r}: expected a GPU's number")
     if not listed:
         raise InputError(
             f"providers={providers!r}: expected a list of execution providers, each a name or (name, options), e.g. "
