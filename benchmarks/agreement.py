@@ -29,7 +29,7 @@ from runtime.contract import ExportKind
 from runtime.errors import ModelError
 from runtime.predictor import MNN_SUFFIX
 
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "fp16", "int8")  # in the notes of an export
 FLOORS = 4.0  # that the mean of |Δ| may be
 GROUPS = (1, 2, 5, 1, 2, 5)  # sizes of those that are judged
 
@@ -73,8 +73,11 @@ def precision_of(path: Path) -> str:
         notes = metadata(load_model(path, weights=False))
     except ModelError:  # not an ONNX file; whether it is a model at all shows when it is started
         try:
-            notes = json.loads(path.with_name(f"{path.name}.json").read_text(encoding="utf-8"))["onnx_metadata"] or {}
-        except (OSError, ValueError, KeyError, TypeError):
+            record = json.loads(path.with_name(f"{path.name}.json").read_text(encoding="utf-8"))
+            notes, options = record["onnx_metadata"] or {}, record.get("options") or {}
+            if notes.get("precision") == "fp32" and options.get("tf32"):
+                return "tf32"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             notes = {}
     precision = notes.get("precision")
     return precision if precision in PRECISIONS else "int8"

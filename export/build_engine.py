@@ -11,6 +11,7 @@ if __name__ == "__main__":  # run as a script: the same as `icnet build`
 
 import argparse
 import importlib.util
+from itertools import combinations
 from pathlib import Path
 
 from rich.console import Console
@@ -18,7 +19,7 @@ from rich.progress import Progress
 
 from export.onnx_file import TAKES
 from export.tensorrt_api import layer_table
-from export.tensorrt_engine import Options, Profile, build_engine, trtexec_commands
+from export.tensorrt_engine import Options, Profile, build_engine, default_profiles, gaps, trtexec_commands
 from runtime.errors import InputError
 
 
@@ -28,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--onnx", type=Path, required=True, help="an exported model")
     add("-o", "--output", type=Path, required=True, help="the engine to write; OUTPUT.json describes it")
     add("--backend", choices=("tensorrt", "mnn"), default="tensorrt", help="mnn: for CPUs; it has no more options")
-    add("--min", type=int, help="smallest group (default 1)")
-    add("--opt", type=int, help="group size to tune for (default 5)")
-    add("--max", type=int, help="largest group")
+    add("--max", type=int, help="largest group; alone, profiles tuned for 1, 5 and 32 images, up to this size")
+    add("--min", type=int, help="one profile only: smallest group (default 1)")
+    add("--opt", type=int, help="one profile only: group size to tune for (default 5)")
     add("--max-bank", type=int, help="largest bank, of a bank export's NAME.banked.onnx")
     add("--min-bank", type=int, help="smallest bank (default 1)")
     add("--opt-bank", type=int, help="bank size to tune for (default 20)")
@@ -40,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--version-compatible", action="store_true", help="load in later TensorRTs of the same major version too")
     add("--hardware-compatible", action="store_true", help="run on every GPU from Ampere on")
     add("--compute-capability", action="append", default=[], metavar="X.Y", help="RTX: a GPU to build for; repeat it")
+    add("--tf32", action="store_true", help="FP32 models: allow TF32 on tensor cores; faster, and less precise")
+    add("--level", type=int, metavar="0-5", help="how long to search for fast kernels (default: TensorRT's, 3)")
     add("--inspect", action="store_true", help="list the layers with their types and precisions")
     add("--trtexec", action="store_true", help="only print the trtexec commands that build the same")
 
@@ -60,12 +63,16 @@ def run(args: argparse.Namespace) -> int:
         hardware_compatible=args.hardware_compatible,
         compute_capabilities=tuple(dict.fromkeys(args.compute_capability)),
         inspect=args.inspect,
+        tf32=args.tf32,
+        level=args.level,
         bank=_bank(args),
     )
     if args.trtexec:
         commands = trtexec_commands(args.onnx, args.output, profiles, options)
         if importlib.util.find_spec("onnx") is None:
             print("# assuming uint8 inputs: onnx is not installed, so the model was not read")
+        for note in _notes(profiles):
+            print(f"# {note}")
         for version, command in commands.items():
             print(f"# TensorRT {version}\n{command}")
         return 0
@@ -76,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
         console.print(layer_table(record["layers"]))
     if record["timing_cache"] == "refused":
         print(f"{args.timing_cache}: not a timing cache of this TensorRT and GPU; replaced by a fresh one")
+    for note in _notes(profiles):
+        print(note)
     size = args.output.stat().st_size / 1e6
     sizes = ", ".join(map(str, profiles)) + (f", banks of {options.bank}" if options.bank else "")
     print(f"{args.output}: {size:.1f} MB, {record['tensorrt']} {record['tensorrt_version']}, groups of {sizes}")
@@ -98,6 +107,15 @@ def _build_mnn(args: argparse.Namespace) -> int:
     return 0
 
 
+def _notes(profiles: list[Profile]) -> list[str]:
+    """What is to be said of profiles that are not one after the other."""
+    notes = [f"note: groups of {gap} are in no profile, so the engine refuses them" for gap in gaps(profiles)]
+    pairs = combinations(profiles, 2)
+    if overlaps := [f"{a} and {b}" for a, b in pairs if max(a.min, b.min) <= min(a.max, b.max)]:
+        notes.append(f"note: profiles {', '.join(overlaps)} overlap; of several, the one with the smallest MAX is used")
+    return notes
+
+
 def _range(low: int | None, best: int | None, high: int, default: int) -> Profile:
     low = 1 if low is None else low
     return Profile(low, max(low, min(default, high)) if best is None else best, high)
@@ -115,6 +133,8 @@ def _profiles(args: argparse.Namespace) -> list[Profile]:
     if not args.profile:
         if args.max is None:
             raise InputError("group sizes are missing: give --max, or --profile MIN:OPT:MAX")
+        if (args.min, args.opt) == (None, None):
+            return default_profiles(args.max)
         return [_range(args.min, args.opt, args.max, 5)]
     if (args.min, args.opt, args.max) != (None, None, None):
         raise InputError("--profile takes the place of --min, --opt and --max: give one or the other")

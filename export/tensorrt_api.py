@@ -1,10 +1,9 @@
-"""TensorRT's Python API around a build: logger, progress monitor, parser, timing cache and layer lists.
+"""TensorRT's Python API around a build: progress monitor, parser, timing cache and layer lists.
 
 Nothing here depends on ICNet; `trt` is the module, `tensorrt` or `tensorrt_rtx`.
 """
 
 import ctypes
-import importlib
 import json
 import signal
 import sys
@@ -20,48 +19,11 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from runtime.contract import TensorSpec
-from runtime.errors import DependencyError, ModelError, how_to_install, one_line
+from runtime.errors import DependencyError, ModelError, one_line
+from runtime.tensorrt_library import Heard
 
 DTYPES = {"FLOAT": "float32", "HALF": "float16"}  # TensorRT's names, where they are not NumPy's in capitals
 PRECISIONS = {"FLOAT": "FP32", "HALF": "FP16"}
-
-
-def load_tensorrt() -> Any:
-    """The module `tensorrt`, or else `tensorrt_rtx`.
-
-    Raises:
-        DependencyError: neither is there, or it is broken.
-    """
-    for name in ("tensorrt", "tensorrt_rtx"):
-        try:
-            return importlib.import_module(name)
-        except ImportError:
-            continue
-        except OSError as error:  # one of its shared libraries
-            raise DependencyError(f"{name} is installed but can't be loaded: {one_line(error)}") from error
-    raise DependencyError(
-        f"TensorRT is not installed: {how_to_install('tensorrt')}, or [tensorrt-rtx] for GeForce and RTX GPUs"
-    )
-
-
-def make_logger(trt: Any) -> Any:
-    """A TensorRT logger with `last_error` and `warnings`, which prints nothing."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        """Keeps TensorRT's messages."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.last_error = "it gave no reason"
-            self.warnings: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.last_error = one_line(message)
-            elif severity == trt.ILogger.WARNING:
-                self.warnings.append(one_line(message))
-
-    return Logger()
 
 
 def make_monitor(trt: Any, progress: Progress) -> Any:
@@ -117,18 +79,23 @@ def cancelled_by_signals(monitor: Any) -> Iterator[None]:
         signal.raise_signal(received[0])
 
 
-def parse(trt: Any, logger: Any, path: Path, data: bytes) -> tuple[Any, Any, Any]:
-    """Builder and network of an ONNX file, and the parser, which owns the weights and must outlive the build."""
+def parse(trt: Any, logger: Any, heard: Heard, path: Path, data: bytes) -> tuple[Any, Any, Any]:
+    """Builder and network of an ONNX file, and the parser, which owns the weights and must outlive the build.
+
+    Raises:
+        ModelError: TensorRT can't read it.
+        DependencyError: TensorRT does not start.
+    """
     try:
         builder = trt.Builder(logger)
     except TypeError as error:  # the bindings raise it where TensorRT returned nothing
-        raise DependencyError(f"{trt.__name__} {trt.__version__} does not start: {logger.last_error}") from error
+        raise DependencyError(f"{trt.__name__} {trt.__version__} does not start: {heard.last_error}") from error
     # TensorRT 10 needs the flag; in 11 and RTX all networks are strongly typed, and the flag may be gone one day.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(data, str(path)):
-        reason = logger.last_error
+        reason = heard.last_error
         if parser.num_errors:
             first = parser.get_error(0)
             node = " ".join(filter(None, (first.node_operator(), first.node_name())))
@@ -149,14 +116,21 @@ def tensors(network: Any) -> tuple[list[TensorSpec], list[TensorSpec]]:
     return inputs, [spec(network.get_output(i)) for i in range(network.num_outputs)]
 
 
-def use_timing_cache(config: Any, logger: Any, data: bytes) -> tuple[str, Any]:
+def narrow_types(network: Any) -> set[str]:
+    """The floating-point and quantised types of a parsed network that are narrower than FP32."""
+    layers = (network.get_layer(i) for i in range(network.num_layers))
+    types = {layer.get_output(i).dtype.name for layer in layers for i in range(layer.num_outputs)}
+    return types & {"HALF", "BF16", "INT8", "FP8", "INT4", "FP4"}
+
+
+def use_timing_cache(config: Any, heard: Heard, data: bytes) -> tuple[str, Any]:
     """Give a build its timing cache: "read", "new" or "refused", and the cache, which must outlive the build."""
     with no_deprecations():
         if data:
-            heard = len(logger.warnings)
+            before = len(heard.warnings)
             cache = config.create_timing_cache(data)
             # A cache of another version comes back empty, with a warning; one of another GPU is not accepted.
-            if cache is not None and config.set_timing_cache(cache, False) and len(logger.warnings) == heard:
+            if cache is not None and config.set_timing_cache(cache, False) and len(heard.warnings) == before:
                 return "read", cache
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)

@@ -21,6 +21,7 @@ from runtime import __version__
 from runtime.contract import BANK, ENGINE_NAME, FLOAT_INPUTS, FLOAT_OUTPUTS, INPUTS, WEIGHTS, TensorSpec, check_contract
 from runtime.errors import DependencyError, InputError, ModelError
 from runtime.files import check_outputs, remove, replacing, write_bytes
+from runtime.tensorrt_library import load_first, log_of
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ class Options:
         hardware_compatible: an engine for every GPU from Ampere on, not only for this one.
         compute_capabilities: "8.6" and the like, the GPUs to build for; empty for TensorRT's default. RTX only.
         inspect: keep the description of the layers in the engine, and list them.
+        tf32: let the convolutions and products of an FP32 model round their inputs to 11 bits, as tensor cores do. Off,
+            it costs FP16 and INT8 models nothing, and keeps what leads to RSCF's order in FP32.
+        level: the builder's optimisation level, 0 to 5: how long it searches; None for TensorRT's own, 3.
         bank: the bank sizes that the engine of a bank export takes, in every profile.
     """
 
@@ -63,7 +67,36 @@ class Options:
     hardware_compatible: bool = False
     compute_capabilities: tuple[str, ...] = ()
     inspect: bool = False
+    tf32: bool = False
+    level: int | None = None
     bank: Profile | None = None
+
+
+def default_profiles(largest: int) -> list[Profile]:
+    """The profiles for groups of 1 to `largest` images.
+
+    Kernels are tuned for a profile's best size, and those for 5 images are slow for 1 and for 64. A profile costs time
+    to build, but no second copy of the weights.
+
+    Raises:
+        InputError: `largest` is not positive.
+    """
+    if largest < 1:
+        raise InputError(f"groups of up to {largest} images: the largest group has at least one")
+    sizes = ((1, 1, 1), (2, 5, 8), (9, 32, largest))
+    return [Profile(low, min(best, largest), min(high, largest)) for low, best, high in sizes if low <= largest]
+
+
+def gaps(profiles: Sequence[Profile]) -> list[str]:
+    """The group sizes between the smallest and the largest that are in no profile, "7" or "7 to 9"."""
+    found: list[str] = []
+    covered = min(profile.min for profile in profiles) - 1
+    for profile in sorted(profiles, key=lambda profile: profile.min):
+        if profile.min > covered + 1:
+            low, high = covered + 1, profile.min - 1
+            found.append(str(low) if low == high else f"{low} to {high}")
+        covered = max(covered, profile.max)
+    return found
 
 
 def build_engine(
@@ -92,7 +125,7 @@ def build_engine(
         DependencyError: TensorRT is not installed, or does not start.
         KeyboardInterrupt: the build was stopped. Nothing is written then, nor after any error.
     """
-    trt = api.load_tensorrt()
+    trt = load_first()
     data = read_bytes(onnx_path)
     if not profiles:
         raise InputError("no profile: an engine needs at least one range of group sizes")
@@ -101,57 +134,63 @@ def build_engine(
     _check_options(trt, options)
     cached = read_bytes(options.timing_cache) if options.timing_cache and options.timing_cache.exists() else b""
 
-    logger = api.make_logger(trt)
-    builder, network, _parser = api.parse(trt, logger, onnx_path, data)
-    _check_profiles(onnx_path, _group_size(onnx_path, *api.tensors(network)), profiles)
-    _check_bank(onnx_path, api.tensors(network)[0], options)
-    config = _configure(trt, builder, network, profiles, options)
-    try:
-        notes = metadata(load_model(onnx_path, data, weights=False))
-    except DependencyError:  # without onnx
-        notes = None
-    if notes and WEIGHTS in notes:
-        network.name = ENGINE_NAME + notes[WEIGHTS]  # an engine carries this, and nothing else of ours
+    log = log_of(trt)
+    with log.listening() as heard:
+        builder, network, _parser = api.parse(trt, log.logger, heard, onnx_path, data)
+        _check_profiles(onnx_path, _group_size(onnx_path, *api.tensors(network)), profiles)
+        _check_bank(onnx_path, api.tensors(network)[0], options)
+        if options.tf32 and (narrow := api.narrow_types(network)):
+            raise InputError(
+                f"--tf32: {onnx_path} is no FP32 model ({', '.join(sorted(narrow))}): what it keeps in FP32 leads to "
+                "the order of pixels, which TF32 would change"
+            )
+        config = _configure(trt, builder, network, profiles, options)
+        try:
+            notes = metadata(load_model(onnx_path, data, weights=False))
+        except DependencyError:  # without onnx
+            notes = None
+        if notes and WEIGHTS in notes:
+            network.name = ENGINE_NAME + notes[WEIGHTS]  # an engine carries this, and nothing else of ours
 
-    with ExitStack() as files:
-        cache_file = files.enter_context(replacing(options.timing_cache)) if options.timing_cache else None
-        sidecar_file = files.enter_context(replacing(sidecar))
-        engine_file = files.enter_context(replacing(output))
+        with ExitStack() as files:
+            cache_file = files.enter_context(replacing(options.timing_cache)) if options.timing_cache else None
+            sidecar_file = files.enter_context(replacing(sidecar))
+            engine_file = files.enter_context(replacing(output))
 
-        cache_state, cache = api.use_timing_cache(config, logger, cached)
-        monitor = config.progress_monitor = api.make_monitor(trt, progress or Progress(disable=True))
-        with api.cancelled_by_signals(monitor):
-            plan = builder.build_serialized_network(network, config)
-        if monitor.cancelled:
-            raise KeyboardInterrupt
-        if plan is None:
-            raise ModelError(f"{onnx_path}: TensorRT could not build it: {logger.last_error}")
+            cache_state, cache = api.use_timing_cache(config, heard, cached)
+            monitor = config.progress_monitor = api.make_monitor(trt, progress or Progress(disable=True))
+            with api.cancelled_by_signals(monitor):
+                plan = builder.build_serialized_network(network, config)
+            if monitor.cancelled:
+                raise KeyboardInterrupt
+            if plan is None:
+                raise ModelError(f"{onnx_path}: TensorRT could not build it: {heard.last_error}")
 
-        record = {
-            "producer": f"icnet-deploy {__version__}",
-            "engine": output.name,
-            "engine_sha256": hashlib.sha256(plan).hexdigest(),
-            "onnx": onnx_path.name,
-            "onnx_sha256": hashlib.sha256(data).hexdigest(),
-            "onnx_metadata": notes,
-            "tensorrt": trt.__name__,
-            "tensorrt_version": trt.__version__,
-            "gpu": api.gpu(),
-            "profiles": [asdict(p) for p in profiles],
-            "options": asdict(options),
-            "timing_cache": cache_state if cache_file else None,
-            "warnings": list(dict.fromkeys(logger.warnings)),
-            "layers": api.list_layers(trt, logger, plan, network) if options.inspect else None,
-        }
-        write_bytes(engine_file, plan)
-        write_bytes(sidecar_file, (json.dumps(record, indent=2, default=str) + "\n").encode())
-        if cache_file:
-            with api.no_deprecations():
-                write_bytes(cache_file, bytes(cache.serialize()))
-        # Now the files get their names, the last opened first. A crash between any two steps leaves an engine without
-        # a sidecar, never one beside the sidecar of another: the old sidecar goes first, the new one comes last.
-        remove(sidecar)
-    return record
+            record = {
+                "producer": f"icnet-deploy {__version__}",
+                "engine": output.name,
+                "engine_sha256": hashlib.sha256(plan).hexdigest(),
+                "onnx": onnx_path.name,
+                "onnx_sha256": hashlib.sha256(data).hexdigest(),
+                "onnx_metadata": notes,
+                "tensorrt": trt.__name__,
+                "tensorrt_version": trt.__version__,
+                "gpu": api.gpu(),
+                "profiles": [asdict(p) for p in profiles],
+                "options": asdict(options),
+                "timing_cache": cache_state if cache_file else None,
+                "warnings": list(dict.fromkeys(heard.warnings)),
+                "layers": api.list_layers(trt, log.logger, plan, network) if options.inspect else None,
+            }
+            write_bytes(engine_file, plan)
+            write_bytes(sidecar_file, (json.dumps(record, indent=2, default=str) + "\n").encode())
+            if cache_file:
+                with api.no_deprecations():
+                    write_bytes(cache_file, bytes(cache.serialize()))
+            # Now the files get their names, the last opened first. A crash between any two steps leaves an engine
+            # without a sidecar, never beside that of another: the old sidecar goes first, the new one comes last.
+            remove(sidecar)
+        return record
 
 
 def trtexec_commands(
@@ -168,6 +207,7 @@ def trtexec_commands(
     inputs, size = _onnx_inputs(onnx_path)
     _check_profiles(onnx_path, size, profiles)
     _check_bank(onnx_path, inputs, options)
+    _check_level(options)
     if options.compute_capabilities:
         raise InputError("--compute-capability: trtexec has no such option, it belongs to TensorRT-RTX")
     arguments = ["trtexec", f"--onnx={onnx_path}", f"--saveEngine={output}", "--skipInference"]
@@ -187,6 +227,8 @@ def trtexec_commands(
         "--hardwareCompatibilityLevel=ampere+": options.hardware_compatible,
         "--profilingVerbosity=detailed": options.inspect,
         "--dumpLayerInfo": options.inspect,
+        "--noTF32": not options.tf32,
+        f"--builderOptimizationLevel={options.level}": options.level is not None,
     }
     arguments += [flag for flag, wanted in flags.items() if wanted]
     return {10: shlex.join([*arguments, "--stronglyTyped"]), 11: shlex.join(arguments)}
@@ -195,6 +237,7 @@ def trtexec_commands(
 def _check_options(trt: Any, options: Options) -> None:
     if options.workspace is not None and options.workspace < 1:
         raise InputError(f"--workspace {options.workspace}: must be at least 1 MiB")
+    _check_level(options)
     foreign = {"hardware-compatible": options.hardware_compatible, "version-compatible": options.version_compatible}
     hint = "TensorRT-RTX does not have it; name the GPUs to build for with --compute-capability"
     if trt.__name__ == "tensorrt":
@@ -203,6 +246,11 @@ def _check_options(trt: Any, options: Options) -> None:
     for option, asked in foreign.items():
         if asked:
             raise InputError(f"--{option}: {hint}")
+
+
+def _check_level(options: Options) -> None:
+    if options.level is not None and not 0 <= options.level <= 5:
+        raise InputError(f"--level {options.level}: TensorRT's optimisation levels are 0 to 5")
 
 
 def _group_size(path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> int | None:
@@ -241,6 +289,10 @@ def _configure(trt: Any, builder: Any, network: Any, profiles: Sequence[Profile]
         config.add_optimization_profile(shapes)
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace << 20)
+    if not options.tf32:  # TensorRT's own choice is to allow it
+        config.clear_flag(trt.BuilderFlag.TF32)
+    if options.level is not None:
+        config.builder_optimization_level = options.level
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.hardware_compatible:

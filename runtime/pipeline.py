@@ -28,6 +28,7 @@ from runtime.threads import Batch, Workers
 
 T = TypeVar("T")
 Maps = NDArray[np.float32]
+ONE = np.float32(1).view(np.uint32)  # floats from 0 on have the order of their bits; NaN and negative ones have larger
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,10 @@ class Pipeline:
 
     def checked(self, maps: Maps) -> Maps:
         """The maps of a group, if they can be maps at all."""
+        if (
+            maps.size and maps.view(np.uint32).max() <= ONE
+        ):  # one pass; of the sign, infinity and NaN the bits are larger
+            return maps
         low, high = maps.min(), maps.max()  # NaN is carried through both
         if not (np.isfinite(low) and np.isfinite(high)):
             raise ModelError(f"{self.path}: the model computed NaN or infinite values; its weights may be damaged")

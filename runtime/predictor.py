@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from runtime.backends import Backend
 from runtime.backends.mnn import MnnBackend
-from runtime.backends.onnx import CPU, OnnxBackend, Provider
+from runtime.backends.onnx import CPU, OnnxBackend
+from runtime.backends.onnx_gpu import Provider
 from runtime.backends.tensorrt import TensorRTBackend
 from runtime.bank import Bank
 from runtime.bank_models import BankModels, differ, most_images
@@ -63,6 +64,7 @@ class Predictor:
             was asked for and can't be used is an error. On NVIDIA GPUs groups go through page-locked buffers.
         device: TensorRT: the GPU's number.
         slots: TensorRT: groups in flight at once, each with buffers for the largest group; at least 2.
+        allow_host_code: TensorRT: load an engine that brings code for the CPU, as version-compatible ones do.
         max_images: images in one call when groups are packed or run in chunks; a group that needs no chunks may be
             larger. None for the engine's largest size, or 32 with ONNX Runtime.
         max_delay_ms: packed models: the longest that a group which could start waits for groups of other threads.
@@ -90,6 +92,7 @@ class Predictor:
         providers: Sequence[Provider] = (CPU,),
         device: int = 0,
         slots: int = 2,
+        allow_host_code: bool = False,
         max_images: int | None = None,
         max_delay_ms: float = 0,
         verify: bool = True,
@@ -122,7 +125,7 @@ class Predictor:
             if verify and path.suffix.lower() not in ENGINE_SUFFIXES:
                 check_seal(path)
             if path.suffix.lower() in ENGINE_SUFFIXES:
-                backend: Backend = TensorRTBackend(path, slots=slots, device=device)
+                backend: Backend = TensorRTBackend(path, slots=slots, device=device, allow_host_code=allow_host_code)
             elif path.suffix.lower() == MNN_SUFFIX:
                 backend = MnnBackend(path, threads)
             else:

@@ -15,18 +15,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.backends import onnx_gpu
 from runtime.backends.cuda import PageLocked
-from runtime.contract import WEIGHTS, ExportKind, Interface, TensorSpec, check_contract
+from runtime.backends.onnx_gpu import Provider
+from runtime.contract import GROUPS, WEIGHTS, ExportKind, Interface, TensorSpec, check_contract
 from runtime.errors import DependencyError, ICNetError, InputError, ModelError, how_to_install, one_line
 from runtime.files import check_model_file, utf8_name
 from runtime.threads import native_calls
 
 CPU = "CPUExecutionProvider"
-CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")  # those that compute on an NVIDIA GPU
+CUDA = (onnx_gpu.CUDA, onnx_gpu.TENSORRT)  # those that compute on an NVIDIA GPU
 DEVICE = "cuda"  # ONNX Runtime's name for that GPU's memory
 MAX_BINDINGS = 4  # calls at once; more would only wait inside the GPU
 KEPT_IMAGES = 64  # buffers for larger groups are freed after the call
-Provider = str | tuple[str, dict[str, Any]]
+BUCKET = 8  # packed calls of more images are padded to a multiple of this, the others to a power of two
 
 NUMPY_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
 
@@ -50,7 +52,7 @@ class OnnxBackend:
         threads: CPU threads for one call; None for one per physical core.
         providers: execution providers in order of preference, each a name or (name, options), as ONNX Runtime takes
             them. The CPU comes last in any case, for what the others can't compute. With those of NVIDIA GPUs, calls
-            go through I/O bindings.
+            go through I/O bindings, and options that are not given are chosen by `onnx_gpu.with_options`.
 
     Raises:
         InputError: `providers` is not that.
@@ -78,6 +80,10 @@ class OnnxBackend:
         on_gpu = [p for p in map(_provider, providers) if p[0] in CUDA]
         if on_gpu and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # CUDA and cuDNN from their wheels, where the loader does not look
+        if on_gpu:
+            providers = onnx_gpu.with_options(path, *_look(ort, path), providers)
+            # ONNX Runtime may come without CUDA, which `with_options` puts behind TensorRT.
+            providers = [p for p in providers if _provider(p)[0] in ort.get_available_providers()]
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         # With memory patterns ONNX Runtime allocates one block for all tensors of a size that it has seen: no faster,
@@ -87,26 +93,15 @@ class OnnxBackend:
         # from the threads that resize and write the maps.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 4  # nothing on standard error: errors reach the caller as exceptions
-        # ONNX Runtime takes names of files that are UTF-8 only.
-        model: Path | bytes = path if utf8_name(path) else path.read_bytes()
-        with native_calls:
-            try:
-                session = ort.InferenceSession(model, options, providers=[*providers])
-            except Exception as error:  # ONNX Runtime's exceptions have no common base but Exception
-                raise ModelError(
-                    f"{self.path}: not an ONNX model that ONNX Runtime can load: {_reason(error)}"
-                ) from error
-        self._session: Any = session  # None: closed
+        self._session: Any = _session(ort, path, options, providers)  # None: closed
         # ONNX Runtime only warns of a provider whose libraries or device are missing, and goes on with the next.
         if unused := [name for name in wanted if name not in self._session.get_providers()]:
             raise ModelError(
                 f"{self.path}: {', '.join(unused)} was asked for but could not be started; are its libraries (CUDA, "
                 "cuDNN, TensorRT) and a GPU there? Leave it out of providers to do without"
             )
-        self.interface = check_contract(
-            self.path, [_spec(t) for t in self._session.get_inputs()], [_spec(t) for t in self._session.get_outputs()]
-        )
-        self.largest = self.interface.size
+        self.interface = _interface(path, self._session)
+        self.largest = self.interface.size or onnx_gpu.largest(providers)
         self.weights_digest: str | None = self._session.get_modelmeta().custom_metadata_map.get(WEIGHTS)
         self._bindings: _Bindings | None = None
         self._last = ort.RunOptions()  # frees the memory of the call; allocating it again takes time
@@ -122,6 +117,11 @@ class OnnxBackend:
             raise ModelError(
                 f"{self.path}: built for groups of exactly {self.interface.size} images, got {images}; "
                 "export it with a dynamic group axis (icnet export does)"
+            )
+        if images > (self.largest or images):
+            raise ModelError(
+                f"{self.path}: the TensorRT provider has a profile for groups of up to {self.largest} images, got "
+                f"{images}; give it {', '.join(onnx_gpu.PROFILE)}"
             )
         rows = self.interface.inputs[-1].shape[0]
         if self.interface.kind is ExportKind.BANKED and isinstance(rows, int) and rows != bank_size:
@@ -212,12 +212,22 @@ class _Bindings:
         self._memory.close()
 
 
+def padded(images: int) -> int:
+    """The length that a packed call of so many images is padded to.
+
+    ONNX Runtime plans every convolution again when the length differs from the last call's. The calls of a stream of
+    groups are nearly full, and with this nearly all of one length.
+    """
+    return 1 << (images - 1).bit_length() if images <= BUCKET else -(-images // BUCKET) * BUCKET
+
+
 class _Binding:
     """One call's way through the session, for any lengths; it holds no memory until its first call."""
 
     def __init__(self, ort: Any, session: Any, interface: Interface, memory: PageLocked, device: int) -> None:
         self._ort, self._session, self._memory, self._device = ort, session, memory, device
         self._inputs_of, self._output = interface.inputs, interface.output
+        self._pads = interface.kind is ExportKind.PACKED and interface.size is None
         self._io = session.io_binding()
         self._host: dict[str, NDArray[Any]] = {}  # page-locked, [most, ...]
         self._inputs: dict[str, Any] = {}  # on the device, [length of the last call, ...]
@@ -225,18 +235,21 @@ class _Binding:
     def run(self, *tensors: NDArray[Any]) -> NDArray[np.float32]:
         """Copy a call's tensors in, run it, and copy its output out: an array of the caller's own."""
         n = len(tensors[0])
+        more = padded(n) - n if self._pads else 0
         try:
-            self._fit([len(array) for array in tensors])
+            self._fit([len(array) + more for array in tensors])
             for spec, array in zip(self._inputs_of, tensors, strict=True):
-                host, value = self._host[spec.name][: len(array)], self._inputs[spec.name]
-                np.copyto(host, array)
+                host, value = self._host[spec.name][: len(array) + more], self._inputs[spec.name]
+                np.copyto(host[: len(array)], array)
+                if more:  # copies of a real image, since black ones might be NaN inside; a group of their own
+                    host[n:] = _unused(array) if spec.name == GROUPS.name else array[0]
                 value.update_inplace(host)
                 # Anew each time: a node that is left to the CPU gets a copy, which is made when the input is bound.
                 self._io.bind_ortvalue_input(spec.name, value)
-            output = self._host[self._output.name][:n]
+            output = self._host[self._output.name][: n + more]
             self._io.bind_output(self._output.name, "cpu", 0, output.dtype, output.shape, output.ctypes.data)
             self._session.run_with_iobinding(self._io)
-            output = output.copy()
+            output = output[:n].copy()
         except BaseException:
             self.free()
             raise
@@ -265,6 +278,35 @@ class _Binding:
             if spec.name not in self._inputs or self._inputs[spec.name].shape() != shape:
                 create = self._ort.OrtValue.ortvalue_from_shape_and_type
                 self._inputs[spec.name] = create(shape, np.dtype(spec.dtype).type, DEVICE, self._device)
+
+
+def _session(ort: Any, path: Path, options: Any, providers: Sequence[Provider]) -> Any:
+    # ONNX Runtime takes names of files that are UTF-8 only.
+    model: Path | bytes = path if utf8_name(path) else path.read_bytes()
+    with native_calls:
+        try:
+            return ort.InferenceSession(model, options, providers=[*providers])
+        except Exception as error:  # ONNX Runtime's exceptions have no common base but Exception
+            raise ModelError(f"{path}: not an ONNX model that ONNX Runtime can load: {_reason(error)}") from error
+
+
+def _look(ort: Any, path: Path) -> tuple[Interface, dict[str, str]]:
+    """A model's tensors and metadata, as ONNX Runtime reads them without a GPU."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.log_severity_level = 4
+    session = _session(ort, path, options, [CPU])
+    return _interface(path, session), session.get_modelmeta().custom_metadata_map
+
+
+def _interface(path: Path, session: Any) -> Interface:
+    return check_contract(path, [_spec(t) for t in session.get_inputs()], [_spec(t) for t in session.get_outputs()])
+
+
+def _unused(groups: NDArray[np.int32]) -> int:
+    """A number that no group of a call has."""
+    return int(np.setdiff1d(np.arange(len(groups) + 1), groups)[0])
 
 
 def _spec(tensor: Any) -> TensorSpec:

@@ -6,15 +6,12 @@ its execution and its copies out are queued on its slot's stream; the only wait 
 slots the next call's images are copied in while this one is computed.
 """
 
-import hashlib
-import importlib
-import json
 import logging
 import threading
 import weakref
 from collections import Counter, deque
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.cuda import Capture, Cuda
-from runtime.contract import ENGINE_NAME, ExportKind, Interface, TensorSpec, check_contract
-from runtime.errors import DependencyError, ICNetError, ModelError, how_to_install
+from runtime.backends.engine_file import KernelCache, Lengths, LoadedEngine, load_engine, read_engine
+from runtime.contract import ExportKind
+from runtime.errors import DeviceLostError, ICNetError, ModelError, one_line
 
 logger = logging.getLogger(__name__)
-
-Range = tuple[int, int, int]  # the smallest, the best and the largest length of a tensor's first axis
-Profile = tuple[Range, ...]  # of each input
-Lengths = tuple[int, ...]  # likewise, those of a call
 
 
 class TensorRTBackend:
@@ -40,35 +34,42 @@ class TensorRTBackend:
         slots: groups in flight at once; at least 2, so that copies overlap with computing.
         graphs: group sizes, per slot, whose work is captured as a CUDA graph when they come a second time. 0: none.
         device: the GPU's number.
+        allow_host_code: load an engine that brings code for the CPU, as version-compatible ones do.
+        eager_kernels: TensorRT-RTX: compile the kernels for a size before its first call, instead of beside the
+            calls, which run slower ones meanwhile. For measurements.
 
     Raises:
         DependencyError: no TensorRT, PyCUDA, driver or GPU.
-        ModelError: not an engine of an exported ICNet, or of another TensorRT or GPU; or not enough memory.
+        ModelError: not an engine of an exported ICNet, or of another TensorRT or GPU, or with code that is not
+            allowed; or not enough memory.
     """
 
-    def __init__(self, path: Path, *, slots: int = 2, graphs: int = 16, device: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        slots: int = 2,
+        graphs: int = 16,
+        device: int = 0,
+        allow_host_code: bool = False,
+        eager_kernels: bool = False,
+    ) -> None:
         self.path = path
-        content = _read(path)
+        content = read_engine(path)
         self.slots = slots
         cuda = Cuda(device)
         try:
             with cuda, ExitStack() as stack:  # slots that were made before an error are freed
-                engine, trt = _deserialise(path, content)
-                specs = _specs(trt, engine)
-                inputs = [spec for spec, is_input in specs if is_input]
-                self.interface = check_contract(path, inputs, [spec for spec, is_input in specs if not is_input])
-                self.profiles = _profiles(engine, self.interface)
-                self._images = len(self.interface.inputs) - (
-                    self.interface.kind is ExportKind.BANKED
-                )  # inputs of length N
-                self.largest: int | None = max(high for _, high in self._ranges())
-                name = str(getattr(engine, "name", ""))
-                self.weights_digest = name.removeprefix(ENGINE_NAME) if name.startswith(ENGINE_NAME) else None
+                loaded = load_engine(path, content, allow_host_code)
+                self.interface, self.weights_digest = loaded.interface, loaded.weights_digest
+                self._profiles = loaded.profiles
+                self.largest: int | None = max(high for _, high in self._profiles.groups)
+                contexts = _Contexts(path, loaded, graphs > 0, eager_kernels)
                 slots_made = []
                 for _ in range(self.slots):
-                    slots_made.append(_Slot(cuda, trt, engine, self.interface, self.profiles, graphs))
+                    slots_made.append(_Slot(cuda, contexts, graphs))
                     stack.callback(slots_made[-1].free)
-                self._pool = _Pool(cuda, slots_made)
+                self._pool = _Pool(cuda, contexts, slots_made)
                 stack.pop_all()  # from here on the pool frees them
         except BaseException:
             cuda.close()
@@ -77,28 +78,25 @@ class TensorRTBackend:
 
     def check_group(self, images: int, bank_size: int = 1) -> None:
         """Raise ModelError unless some profile takes so many images at once, and a bank of so many SIVs."""
-        if not any(low <= images <= high for low, high in self._ranges()):
+        groups = self._profiles.groups
+        if not any(low <= images <= high for low, high in groups):
+            remedy = f"rebuild it with a profile that holds {images}: icnet build --max {images}"
+            if self.interface.size is not None:
+                remedy = "export the model with a dynamic group axis (icnet export does), and build that"
+            raise ModelError(f"{self.path}: built for groups of {_either(groups)} images, got {images}; {remedy}")
+        if self.interface.kind is ExportKind.BANKED and self._profiles.index((images, images, bank_size)) is None:
             raise ModelError(
-                f"{self.path}: built for groups of {_either(self._ranges())} images, got {images}; "
-                f"rebuild it with a profile that holds {images}: icnet build --max {images}"
-            )
-        if self.interface.kind is ExportKind.BANKED and not any(
-            _fits(p, (images, images, bank_size)) for p in self.profiles
-        ):
-            raise ModelError(
-                f"{self.path}: built for banks of {_either([(p[2][0], p[2][2]) for p in self.profiles])} images, got "
+                f"{self.path}: built for banks of {_either(self._profiles.banks)} images, got "
                 f"{bank_size}; rebuild it with a profile that holds {bank_size}: icnet build --max-bank {bank_size}"
             )
-
-    def _ranges(self) -> list[tuple[int, int]]:
-        """The smallest and the largest number of images of each profile."""
-        inputs = [profile[: self._images] for profile in self.profiles]
-        return [(max(low for low, _, _ in ranges), min(high for _, _, high in ranges)) for ranges in inputs]
 
     def submit(self, *tensors: NDArray[Any], last: bool = False) -> "Pending":
         """Queue a call: a tensor for each of the interface's inputs. Returns at once if a slot is free.
 
         Slots keep their memory, even after the `last`.
+
+        Raises:
+            ModelError: the engine does not take tensors of this length, or the GPU failed.
         """
         return self._pool.submit(*tensors)
 
@@ -134,15 +132,19 @@ class Pending:
             try:
                 self._output = slot.wait(self._images)
             except Exception as error:
-                self._error = ModelError(f"the GPU failed on a group of {self._images}: {error}")
-            self._pool.give_back(self, slot)
+                self._error = _failure(self._images, error)
+            except BaseException as error:  # Ctrl-C; without an output there must be an error
+                self._error = error
+                raise
+            finally:
+                self._pool.give_back(self, slot)
 
 
 class _Pool:
     """The slots: which are free, and which groups are in flight."""
 
-    def __init__(self, cuda: Cuda, slots: list["_Slot"]) -> None:
-        self._cuda = cuda
+    def __init__(self, cuda: Cuda, contexts: "_Contexts", slots: list["_Slot"]) -> None:
+        self._cuda, self._contexts = cuda, contexts
         self._slots = len(slots)
         self._free = deque(slots)
         self._in_flight: deque[Pending] = deque()
@@ -153,12 +155,14 @@ class _Pool:
         slot = self._acquire()
         try:
             with self._cuda:
-                slot.queue(*tensors)
-        except BaseException:
+                slot.queue(*tensors, alone=not self._in_flight)
+        except BaseException as error:
             with self._changed:
                 self._free.append(slot)
                 self._changed.notify_all()
-            raise
+            if isinstance(error, ICNetError) or not isinstance(error, Exception):
+                raise
+            raise _failure(len(tensors[0]), error) from error  # PyCUDA's and TensorRT's own
         pending = Pending(self, slot, len(tensors[0]))
         with self._changed:
             self._in_flight.append(pending)
@@ -195,29 +199,76 @@ class _Pool:
                     break
                 oldest = self._in_flight[0]
             oldest.finish()
-        with self._cuda:
+        with ExitStack() as stack:
+            stack.callback(self._cuda.close)
+            with suppress(DeviceLostError):  # its memory is gone then
+                stack.enter_context(self._cuda)
+                self._contexts.save_kernels()
+            stack.callback(self._contexts.close)
             while self._free:
-                self._free.pop().free()
-        self._cuda.close()
+                stack.callback(self._free.pop().free)
+
+
+class _Contexts:
+    """Makes the execution contexts of an engine, with what they share."""
+
+    def __init__(self, path: Path, loaded: LoadedEngine, use_graphs: bool, eager_kernels: bool) -> None:
+        self.path, self.loaded = path, loaded
+        self.captures_itself = hasattr(loaded.trt, "CudaGraphStrategy")  # TensorRT-RTX does, for any shape
+        self._use_graphs, self._eager = use_graphs, eager_kernels
+        self.scratch_size = max(int(loaded.engine.device_memory_size_v2), 1)
+        self._kernels = KernelCache(path, loaded.engine) if self.captures_itself else None
+
+    def make(self, scratch: Any) -> Any:
+        """An execution context on device memory of `scratch_size`."""
+        trt, engine = self.loaded.trt, self.loaded.engine
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        with self.loaded.log.listening() as heard:
+            if self._kernels is not None:
+                config = engine.create_runtime_config()
+                config.set_execution_context_allocation_strategy(strategy)
+                config.set_runtime_cache(self._kernels.cache)
+                if self._use_graphs:
+                    config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+                if self._eager:
+                    eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+                    config.dynamic_shapes_kernel_specialization_strategy = eager
+                context = engine.create_execution_context(config)
+            else:
+                context = engine.create_execution_context(strategy)
+            if context is None:
+                raise ModelError(
+                    f"{self.path}: TensorRT could not create an execution context; it may be out of device memory: "
+                    f"use fewer slots, or build the engine for smaller groups ({heard.last_error})"
+                )
+        context.set_device_memory(int(scratch), self.scratch_size)
+        return context
+
+    def save_kernels(self) -> None:
+        """Keep the kernels that were compiled."""
+        if self._kernels is not None:
+            self._kernels.save()
+
+    def close(self) -> None:
+        """Drop the engine, which goes with the last context."""
+        del self.loaded
 
 
 class _Slot:
     """One group's way through the device. Whatever it allocates, it allocates here."""
 
-    def __init__(
-        self, cuda: Cuda, trt: Any, engine: Any, interface: Interface, profiles: Sequence[Profile], graphs: int
-    ) -> None:
-        self._cuda, self._trt, self._engine, self._profiles = cuda, trt, engine, profiles
+    def __init__(self, cuda: Cuda, contexts: _Contexts, graphs: int) -> None:
+        self._cuda, self._contexts, self._profiles = cuda, contexts, contexts.loaded.profiles
+        self._log = contexts.loaded.log
+        interface = contexts.loaded.interface
         self._inputs, self._output = interface.inputs, interface.output
-        self._use_graphs = graphs > 0
-        self._captures_itself = hasattr(trt, "CudaGraphStrategy")  # TensorRT-RTX does, for any shape
-        self._most_graphs = 0 if self._captures_itself else graphs
+        self._most_graphs = 0 if contexts.captures_itself else graphs
         self._graphs: dict[Lengths, Capture] = {}
         self._captured: list[Any] = []  # the graphs' contexts, which must outlive them
         self._seen: Counter[Lengths] = Counter()
         self._host: dict[str, NDArray[Any]] = {}
         self._device: dict[str, Any] = {}
-        largest = [max(high for _, _, high in ranges) for ranges in zip(*profiles, strict=True)]
+        largest = self._profiles.longest
         with ExitStack() as stack:
             for spec, length in zip((*self._inputs, self._output), (*largest, largest[0]), strict=True):
                 buffer = cuda.pinned((length, *spec.sizes), spec.dtype)
@@ -225,35 +276,50 @@ class _Slot:
                 memory = cuda.allocate(buffer.nbytes)
                 stack.callback(memory.free)
                 self._host[spec.name], self._device[spec.name] = buffer, memory
-            self._scratch_size = max(int(engine.device_memory_size_v2), 1)
-            self._scratch = cuda.allocate(self._scratch_size)  # shared by the slot's contexts: one runs at a time
+            self._scratch = cuda.allocate(contexts.scratch_size)  # shared by the slot's contexts: one runs at a time
             stack.callback(self._scratch.free)
-            self._stream, self._event = cuda.stream(), cuda.event()
+            self._stream, self._spinning, self._sleeping = cuda.stream(), cuda.event(), cuda.event(blocking=True)
+            self._event = self._spinning  # behind the last call
+            for made in (self._stream, self._spinning, self._sleeping):
+                stack.callback(made.free)
             self._plain = self._context()
             self._buffers = stack.pop_all()
 
     def free(self) -> None:
         """Give everything back; the slot can't be used any more."""
+        try:
+            with self._cuda:  # a call that failed or was interrupted may have left work behind
+                self._stream.synchronize()
+        except ModelError as error:  # the GPU is lost, and with it all that this waits for
+            logger.debug("freed without waiting: %s", error)
         for capture in self._graphs.values():
             capture.free()
         self._graphs.clear()
         self._captured.clear()
-        del self._plain, self._engine, self._stream, self._event  # contexts go before the memory that they work on
+        del self._plain, self._contexts  # contexts go before the memory that they work on
         self._buffers.close()
 
-    def queue(self, *tensors: NDArray[Any]) -> None:
-        """Queue copies in, execution and copies out of a call, and the event that ends them."""
+    def queue(self, *tensors: NDArray[Any], alone: bool = True) -> None:
+        """Queue copies in, execution and copies out of a call, and the event that ends them.
+
+        Waiting for a call that is alone spins, which notices its end soonest. Beside others it sleeps: the GPU has more
+        to do meanwhile, and a spinning wait would take a core from the threads that decode and restore.
+        """
         lengths = tuple(len(array) for array in tensors)
+        profile = self._profiles.index(lengths)
+        if profile is None:
+            raise ModelError(f"{self._contexts.path}: no profile takes inputs of lengths {lengths}")
         for spec, array in zip(self._inputs, tensors, strict=True):
             np.copyto(self._host[spec.name][: len(array)], array)
         self._seen[lengths] += 1
         if lengths not in self._graphs and self._seen[lengths] == 2 and len(self._graphs) < self._most_graphs:
-            self._capture(lengths)
+            self._capture(lengths, profile)
         if lengths in self._graphs:
             self._graphs[lengths].launch()
         else:
-            self._prepare(self._plain, lengths)
+            self._prepare(self._plain, lengths, profile)
             self._enqueue(self._plain, lengths)
+        self._event = self._spinning if alone else self._sleeping
         self._event.record(self._stream)
 
     def wait(self, n: int) -> NDArray[np.float32]:
@@ -263,138 +329,74 @@ class _Slot:
         return self._host[self._output.name][:n].copy()
 
     def _context(self) -> Any:
-        """An execution context on the slot's scratch memory."""
-        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if self._captures_itself:
-            config = self._engine.create_runtime_config()
-            config.set_execution_context_allocation_strategy(strategy)
-            if self._use_graphs:
-                config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            context = self._engine.create_execution_context(config)
-        else:
-            context = self._engine.create_execution_context(strategy)
-        if context is None:
-            raise ModelError("TensorRT could not create an execution context; it may be out of device memory")
-        context.set_device_memory(int(self._scratch), self._scratch_size)
+        """An execution context on the slot's memory."""
+        context = self._contexts.make(self._scratch)
         for name, memory in self._device.items():
-            context.set_tensor_address(name, int(memory))
+            self._check(context.set_tensor_address(name, int(memory)), f"refused the address of {name}")
         return context
 
-    def _prepare(self, context: Any, lengths: Lengths) -> None:
-        """Choose the profile that fits a call most closely, and set the shapes."""
-        fitting = [
-            ([high for _, _, high in profile], index)
-            for index, profile in enumerate(self._profiles)
-            if _fits(profile, lengths)
-        ]
-        _, index = min(fitting)
-        if context.active_optimization_profile != index:
-            context.set_optimization_profile_async(index, self._stream.handle)
-        for spec, length in zip(self._inputs, lengths, strict=True):
-            context.set_input_shape(spec.name, (length, *spec.sizes))
+    def _check(self, accepted: bool, refusal: str) -> None:
+        """TensorRT's answer to a call: False is an error, after which the values before it would hold."""
+        if not accepted:
+            raise ModelError(f"{self._contexts.path}: TensorRT {refusal}")
+
+    def _prepare(self, context: Any, lengths: Lengths, profile: int) -> None:
+        """Set a call's profile and shapes."""
+        with self._log.listening() as heard:
+            if context.active_optimization_profile != profile:
+                set_profile = context.set_optimization_profile_async
+                self._check(set_profile(profile, self._stream.handle), f"refused profile {profile}: {heard.last_error}")
+            for spec, length in zip(self._inputs, lengths, strict=True):
+                shape = (length, *spec.sizes)
+                accepted = context.set_input_shape(spec.name, shape)
+                self._check(accepted, f"refused {spec.name} of shape {shape}: {heard.last_error}")
 
     def _enqueue(self, context: Any, lengths: Lengths) -> None:
         for spec, length in zip(self._inputs, lengths, strict=True):
             self._cuda.copy_in(self._device[spec.name], self._host[spec.name][:length], self._stream)
-        if not context.execute_async_v3(self._stream.handle):
-            raise ModelError(f"TensorRT refused to run a group of {lengths[0]}")
+        with self._log.listening() as heard:
+            started = context.execute_async_v3(self._stream.handle)
+            self._check(started, f"refused to run a group of {lengths[0]}: {heard.last_error}")
         name = self._output.name
         self._cuda.copy_out(self._host[name][: lengths[0]], self._device[name], self._stream)
 
-    def _capture(self, lengths: Lengths) -> None:
-        """Capture calls of these lengths as a graph, on a context of its own, which nothing changes afterwards."""
-        capture = self._cuda.capture(self._stream)
-        if capture is None:
-            self._most_graphs = 0
-            return
-        context = self._context()
-        self._prepare(context, lengths)
-        self._enqueue(context, lengths)  # TensorRT finishes its set-up for a shape in the first, uncaptured run
-        self._stream.synchronize()
+    def _capture(self, lengths: Lengths, profile: int) -> None:
+        """Capture calls of these lengths as a graph, on a context of its own, which nothing changes afterwards.
+
+        Whatever goes wrong, e.g. for want of memory, only means that there will be no more graphs.
+        """
         try:
+            capture = self._cuda.capture(self._stream)
+            if capture is None:
+                self._most_graphs = 0
+                return
+            context = self._context()
+            self._captured.append(context)
+            self._prepare(context, lengths, profile)
+            self._enqueue(context, lengths)  # TensorRT finishes its set-up for a shape in the first, uncaptured run
+            self._stream.synchronize()
             with capture:
                 self._enqueue(context, lengths)
-        except ModelError as error:
-            logger.warning("no CUDA graphs: %s", str(error))
-            self._most_graphs = 0
+            self._graphs[lengths] = capture
+        except Exception as error:  # ours, PyCUDA's and TensorRT's
+            logger.warning("no more CUDA graphs: %s", one_line(error))
+            self._most_graphs = len(self._graphs)
+            self._drop_context()
+
+    def _drop_context(self) -> None:
+        """Free the context of a graph that came to nothing, once the stream is done with it."""
+        try:
+            self._stream.synchronize()
+        except Exception as error:  # then the call itself fails, and says so
+            logger.debug("after a failed capture: %s", one_line(error))
             return
-        self._graphs[lengths] = capture
-        self._captured.append(context)
+        del self._captured[len(self._graphs) :]
 
 
-def _read(path: Path) -> bytes:
-    """The engine's bytes, checked against its sidecar if there is one."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ModelError(f"{path}: can't be read: {error.strerror or error}") from error
-    sidecar = path.with_name(path.name + ".json")
-    if sidecar.is_file():
-        try:
-            expected = json.loads(sidecar.read_text())["engine_sha256"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModelError(
-                f"{sidecar}: not the sidecar of an engine; delete it or rebuild with icnet build"
-            ) from error
-        if expected != hashlib.sha256(content).hexdigest():
-            raise ModelError(f"{path}: is not the engine that {sidecar.name} describes; rebuild it with icnet build")
-    return content
-
-
-def _deserialise(path: Path, content: bytes) -> tuple[Any, Any]:
-    """The engine, and the module (`tensorrt` or `tensorrt_rtx`) that can load it."""
-    heard: list[str] = []
-    for name in ("tensorrt", "tensorrt_rtx"):
-        try:
-            trt = importlib.import_module(name)
-        except ImportError:
-            continue
-
-        class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
-            """Keeps the errors, which TensorRT would print."""
-
-            def log(self, severity: Any, message: str, trt: Any = trt, name: str = name) -> None:
-                if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                    heard.append(f"{name} {trt.__version__}: {message}")
-
-        runtime = trt.Runtime(Logger())
-        engine = runtime.deserialize_cuda_engine(content)
-        if engine is not None:
-            return engine, trt
-    if not heard:
-        raise DependencyError(f"TensorRT is not installed: {how_to_install('tensorrt')} (or [tensorrt-rtx])")
-    raise ModelError(
-        f"{path}: can't be loaded; an engine runs with the TensorRT version and on the kind of GPU that it was built "
-        f"for: rebuild it here with icnet build --onnx MODEL.onnx --output {path} ({heard[0]})"
-    )
-
-
-def _specs(trt: Any, engine: Any) -> list[tuple[TensorSpec, bool]]:
-    """The engine's tensors, and whether each is an input."""
-    specs = []
-    for index in range(engine.num_io_tensors):
-        name = engine.get_tensor_name(index)
-        dtype = str(np.dtype(trt.nptype(engine.get_tensor_dtype(name))))
-        shape = tuple(None if d == -1 else d for d in engine.get_tensor_shape(name))
-        specs.append((TensorSpec(name, dtype, shape), engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT))
-    return specs
-
-
-def _profiles(engine: Any, interface: Interface) -> list[Profile]:
-    """Per profile, what each input takes; a fixed axis is a range of one."""
-
-    def lengths(spec: TensorSpec, index: int) -> Range:
-        if isinstance(spec.shape[0], int):
-            return (spec.shape[0],) * 3
-        low, best, high = (int(shape[0]) for shape in engine.get_tensor_profile_shape(spec.name, index))
-        return low, best, high
-
-    count = engine.num_optimization_profiles if any(not isinstance(s.shape[0], int) for s in interface.inputs) else 1
-    return [tuple(lengths(spec, index) for spec in interface.inputs) for index in range(count)]
-
-
-def _fits(profile: Profile, lengths: Lengths) -> bool:
-    return all(low <= length <= high for (low, _, high), length in zip(profile, lengths, strict=True))
+def _failure(images: int, error: Exception) -> ICNetError:
+    if isinstance(error, DeviceLostError):
+        return error
+    return ModelError(f"the GPU failed on a group of {images}: {one_line(error)}")
 
 
 def _either(ranges: Sequence[tuple[int, int]]) -> str:

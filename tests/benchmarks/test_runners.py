@@ -52,6 +52,8 @@ def test_torch_compile_without_a_compiler(prepared, monkeypatch):
     ("name", "content", "beside", "precision"),
     [
         ("x.engine", b"\0", {"onnx_metadata": {"precision": "fp16"}}, "fp16"),
+        ("x.engine", b"\0", {"onnx_metadata": {"precision": "fp32"}, "options": {"tf32": False}}, "fp32"),
+        ("x.engine", b"\0", {"onnx_metadata": {"precision": "fp32"}, "options": {"tf32": True}}, "tf32"),
         ("x.mnn", b"\0", None, "winograd"),
         ("x.engine", b"\0", None, "int8"),
         ("x.engine", b"\0", {"onnx_metadata": None}, "int8"),

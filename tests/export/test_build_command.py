@@ -9,9 +9,8 @@ import onnx
 import pytest
 
 from export import build_engine as command_module
-from export import tensorrt_api
 from export.tensorrt_engine import Options, build_engine
-from runtime import DependencyError
+from runtime import DependencyError, tensorrt_library
 from tests.export.engines import ONE, SIZES, Spy, foreign_model, names
 from tests.helpers import HAS_TENSORRT_RTX
 
@@ -37,6 +36,9 @@ pytestmark = [pytest.mark.usefixtures("only_rtx"), pytest.mark.filterwarnings("i
         ((*SIZES, "--workspace", 0), "at least 1 MiB"),
         ((*SIZES, "--hardware-compatible"), "--hardware-compatible: TensorRT-RTX does not have it"),
         ((*SIZES, "--version-compatible"), "--version-compatible: TensorRT-RTX does not have it"),
+        (("--max", 0), "groups of up to 0 images"),
+        ((*SIZES, "--level", 6), "--level 6: TensorRT's optimisation levels are 0 to 5"),
+        ((*SIZES, "--level", 6, "--trtexec"), "--level 6: TensorRT's optimisation levels are 0 to 5"),
         ((*SIZES, "--compute-capability", "3.5"), "--compute-capability 3.5: this TensorRT-RTX builds for 7.5, 8.0"),
         ((*SIZES, "--trtexec", "--compute-capability", "8.6"), "trtexec has no such option"),
     ],
@@ -114,7 +116,13 @@ def test_a_new_timing_cache_and_one_that_does_not_fit(icnet, model_file, tmp_pat
 
 @pytest.mark.parametrize(
     ("arguments", "profile"),
-    [((4,), "1:4:4"), ((64,), "1:5:64"), ((64, "--min", 8), "8:8:64"), ((9, "--opt", 2), "1:2:9")],
+    [
+        ((1,), "1:1:1"),
+        ((4,), "1:1:1, 2:4:4"),
+        ((64,), "1:1:1, 2:5:8, 9:32:64"),
+        ((64, "--min", 8), "8:8:64"),
+        ((9, "--opt", 2), "1:2:9"),
+    ],
 )
 def test_only_the_largest_group_must_be_named(icnet, model_file, tmp_path, arguments, profile):
     command = ("build", "--onnx", model_file, "--output", tmp_path / "x.engine", "--max", *arguments)
@@ -125,9 +133,9 @@ def test_only_the_largest_group_must_be_named(icnet, model_file, tmp_path, argum
 
 def test_packed_and_bank_exports(icnet, exports, tmp_path):
     for kind, options, says in [
-        ("packed", ("--max", 64), "groups of 1:5:64"),
-        ("intra", ("--max", 16), "groups of 1:5:16"),
-        ("banked", ("--max", 16, "--max-bank", 300), "groups of 1:5:16, banks of 1:20:300"),
+        ("packed", ("--max", 64), "groups of 1:1:1, 2:5:8, 9:32:64"),
+        ("intra", ("--max", 16, "--min", 1), "groups of 1:5:16"),
+        ("banked", ("--max", 16, "--max-bank", 300), "groups of 1:1:1, 2:5:8, 9:16:16, banks of 1:20:300"),
         ("banked", ("--max", 4, "--max-bank", 9, "--min-bank", 2, "--opt-bank", 3), "banks of 2:3:9"),
     ]:
         model, engine = exports.with_name(f"icnet.{kind}.onnx"), tmp_path / f"icnet.{kind}.engine"
@@ -172,9 +180,9 @@ def test_tensorrt_that_is_missing_broken_or_without_a_driver(icnet, model_file, 
     def broken(name):
         raise OSError("libnvinfer.so.10: cannot open shared object file")
 
-    monkeypatch.setattr(tensorrt_api.importlib, "import_module", broken)
+    monkeypatch.setattr(tensorrt_library.importlib, "import_module", broken)
     with pytest.raises(DependencyError, match=r"tensorrt is installed but can't be loaded: libnvinfer\.so\.10"):
-        tensorrt_api.load_tensorrt()
+        tensorrt_library.load_first()
     assert names(tmp_path) == []
 
 

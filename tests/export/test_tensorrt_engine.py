@@ -14,9 +14,11 @@ import pytest
 from onnx import TensorProto, helper
 from rich.console import Console
 
+from export.fp16 import half_precision
 from export.onnx_file import save_model
 from export.tensorrt_api import gpu, layer_table
-from export.tensorrt_engine import Options, Profile, build_engine
+from export.tensorrt_engine import Options, Profile, build_engine, default_profiles, gaps
+from export.to_onnx import write_onnx
 from runtime import InputError, ModelError, OutputError
 from runtime.files import digest
 from tests.export.engines import ONE, Spy, names
@@ -152,20 +154,90 @@ def test_options_that_only_rtx_has(tensorrt, model_file, tmp_path):
 
 
 def test_options_reach_the_config(tensorrt, model_file, tmp_path, monkeypatch):
+    options = Options(workspace=64, version_compatible=True, hardware_compatible=True, inspect=True)
+    module = sys.modules["tensorrt"]
+    config = spied_config(module, monkeypatch, model_file, tmp_path / "x.engine", ONE, options)
+    assert config.get_memory_pool_limit(rtx.MemoryPoolType.WORKSPACE) == 64 * 2**20
+    assert config.get_flag(rtx.BuilderFlag.VERSION_COMPATIBLE)
+    assert config.profiling_verbosity == rtx.ProfilingVerbosity.DETAILED
+
+
+def spied_config(module, monkeypatch, *args):
+    """The configuration that `build_engine` with these arguments hands to the builder of `module`."""
     configs = []
 
     class Builder(rtx.Builder):
         def build_serialized_network(self, network, config):
             configs.append(config)
 
-    monkeypatch.setattr(sys.modules["tensorrt"], "Builder", Builder)
-    options = Options(workspace=64, version_compatible=True, hardware_compatible=True, inspect=True)
+    monkeypatch.setattr(module, "Builder", Builder)
     with pytest.raises(ModelError, match="could not build it"):
-        build_engine(model_file, tmp_path / "x.engine", ONE, options)
-    (config,) = configs
-    assert config.get_memory_pool_limit(rtx.MemoryPoolType.WORKSPACE) == 64 * 2**20
-    assert config.get_flag(rtx.BuilderFlag.VERSION_COMPATIBLE)
-    assert config.profiling_verbosity == rtx.ProfilingVerbosity.DETAILED
+        build_engine(*args)
+    return configs[0]
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_tf32_is_off_unless_asked_for(model_file, tmp_path, monkeypatch, tf32):
+    config = spied_config(rtx, monkeypatch, model_file, tmp_path / "x.engine", ONE, Options(tf32=tf32))
+    assert config.get_flag(rtx.BuilderFlag.TF32) == tf32
+    assert config.builder_optimization_level == 3
+
+
+def test_the_optimisation_level_reaches_the_config(model_file, tmp_path, monkeypatch):
+    config = spied_config(rtx, monkeypatch, model_file, tmp_path / "x.engine", ONE, Options(level=5))
+    assert config.builder_optimization_level == 5
+    for level in (-1, 6):
+        with pytest.raises(InputError, match=f"--level {level}: TensorRT's optimisation levels are 0 to 5"):
+            build_engine(model_file, tmp_path / "x.engine", ONE, Options(level=level))
+
+
+def test_tf32_is_for_fp32_models(network, tmp_path):
+    write_onnx(half_precision(network), tmp_path / "half.onnx")
+    with pytest.raises(InputError, match=r"--tf32: .*half\.onnx is no FP32 model \(HALF\)"):
+        build_engine(tmp_path / "half.onnx", tmp_path / "x.engine", ONE, Options(tf32=True))
+    assert names(tmp_path) == ["half.onnx"]
+
+
+def test_two_builds_share_one_logger(model_file, tmp_path, monkeypatch):
+    """TensorRT keeps the first, so what it says of the second build must be heard by it too."""
+    loggers = []
+
+    class Builder(rtx.Builder):
+        def __init__(self, logger):
+            loggers.append(logger)
+            super().__init__(logger)
+
+        def build_serialized_network(self, network, config):
+            loggers[0].log(rtx.ILogger.ERROR, f"error {len(loggers)}")
+
+    monkeypatch.setattr(rtx, "Builder", Builder)
+    for number in (1, 2):
+        with pytest.raises(ModelError, match=f"could not build it: error {number}$"):
+            build_engine(model_file, tmp_path / "x.engine", ONE)
+    assert loggers[0] is loggers[1]
+
+
+@pytest.mark.parametrize(
+    ("largest", "profiles"),
+    [
+        (1, "1:1:1"),
+        (2, "1:1:1 2:2:2"),
+        (4, "1:1:1 2:4:4"),
+        (8, "1:1:1 2:5:8"),
+        (9, "1:1:1 2:5:8 9:9:9"),
+        (64, "1:1:1 2:5:8 9:32:64"),
+    ],
+)
+def test_default_profiles(largest, profiles):
+    found = default_profiles(largest)
+    assert " ".join(map(str, found)) == profiles
+    assert gaps(found) == []
+
+
+def test_gaps_between_profiles():
+    assert gaps([Profile(9, 9, 12), Profile(2, 4, 6), Profile(1, 1, 1), Profile(3, 3, 7), Profile(20, 20, 20)]) == [
+        "8", "13 to 19",
+    ]  # fmt: skip
 
 
 def test_progress(model_file, tmp_path):

@@ -36,6 +36,7 @@ def test_trtexec(icnet, model_file, tmp_path, no_tensorrt):
         "--minShapes=images:2x224x224x3,sisms:2x224x224",
         "--optShapes=images:5x224x224x3,sisms:5x224x224",
         "--maxShapes=images:16x224x224x3,sisms:16x224x224",
+        "--noTF32",
     ]
     assert commands[10] == [*commands[11], "--stronglyTyped"]
     assert names(tmp_path) == []
@@ -56,6 +57,22 @@ def test_trtexec_options_and_the_float_interface(icnet, float_model, tmp_path, n
         "--profilingVerbosity=detailed",
         "--dumpLayerInfo",
     } < set(arguments)
+
+
+def test_trtexec_with_tf32_a_level_and_gaps(icnet, model_file, tmp_path, no_tensorrt):
+    build = ("build", "--onnx", model_file, "--output", "x", "--tf32", "--level", 5, "--trtexec")
+    code, out, _ = icnet(*build, "--max", 64)
+    assert code == 0
+    arguments = trtexec(out)[11]
+    assert "--noTF32" not in arguments
+    assert "--builderOptimizationLevel=5" in arguments
+    assert [a for a in arguments if a.startswith("--profile")] == ["--profile=0", "--profile=1", "--profile=2"]
+    _, out, _ = icnet(*build, "--profile", "1:1:2", "--profile", "2:4:5", "--profile", "9:9:9")
+    notes = [line for line in out.splitlines() if line.startswith("# note")]
+    assert notes == [
+        "# note: groups of 6 to 8 are in no profile, so the engine refuses them",
+        "# note: profiles 1:1:2 and 2:4:5 overlap; of several, the one with the smallest MAX is used",
+    ]
 
 
 def test_trtexec_reads_the_model_where_it_can(icnet, model_file, fixed_model, tmp_path, no_tensorrt, monkeypatch):
@@ -81,7 +98,9 @@ def test_trtexec_reads_the_model_where_it_can(icnet, model_file, fixed_model, tm
 
 def test_trtexec_of_a_bank_export(icnet, exports, no_tensorrt):
     model = exports.with_name("icnet.banked.onnx")
-    _, out, _ = icnet("build", "--onnx", model, "--output", "x.engine", "--max", 4, "--max-bank", 300, "--trtexec")
+    _, out, _ = icnet(
+        "build", "--onnx", model, "--output", "x.engine", "--min", 1, "--max", 4, "--max-bank", 300, "--trtexec"
+    )
     assert "--maxShapes=images:4x224x224x3,sisms:4x224x224,bank:300x40" in out
     assert "--optShapes=images:4x224x224x3,sisms:4x224x224,bank:20x40" in out
     _, out, _ = icnet(

@@ -1,16 +1,21 @@
 """ONNX Runtime through I/O bindings: a real session on the CPU, with the page-locked memory of a simulated GPU."""
 
 import gc
+import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from export.to_onnx import write_onnx
 from runtime import DependencyError, ICNetError, ModelError, Predictor
 from runtime.backends import onnx as backend
-from runtime.backends.onnx import CPU, KEPT_IMAGES, MAX_BINDINGS
+from runtime.backends import onnx_gpu
+from runtime.backends.onnx import CPU, KEPT_IMAGES, MAX_BINDINGS, OnnxBackend
+from runtime.contract import ExportKind
 from runtime.files import bank_files
 from tests.helpers import group, random_network
 from tests.runtime.test_predictor import lying_model
@@ -172,6 +177,130 @@ def test_no_such_gpu_and_no_driver(gpu, small_model, monkeypatch):
     monkeypatch.setattr("ctypes.CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
     with pytest.raises(DependencyError, match=r"no NVIDIA driver on this machine \(.*cuda.*\): a GPU is needed"):
         Predictor(small_model)
+
+
+def test_a_stream_of_mixed_sizes_plans_each_length_once(gpu, exports, monkeypatch):
+    """ONNX Runtime plans all convolutions whenever the length differs from the last call's."""
+    rng = random.Random(0)
+    groups = [group(rng.randint(1, 6), seed) for seed in range(14)]
+    lengths, sent = [], []
+    with Predictor(exports.with_name("icnet.packed.onnx"), threads=1, max_images=16) as packed:
+        onnx, session = packed._backend, packed._backend._session
+        run, submit = session.run_with_iobinding, onnx.submit
+
+        def note(io):
+            run(io)
+            lengths.append(io.get_outputs()[0].shape()[0])
+
+        monkeypatch.setattr(session, "run_with_iobinding", note)
+        monkeypatch.setattr(onnx, "submit", lambda *t, **more: sent.append(len(t[0])) or submit(*t, **more))
+        found = list(packed.predict_groups(groups))
+    assert [len(maps) for maps in found] == [len(images) for images, _ in groups]
+    assert len(set(sent)) > 2  # as many plans, and more, without padding
+    plans = [length for length, before in zip(lengths, [None, *lengths], strict=False) if length != before]
+    assert len(plans) == len(set(lengths)) <= 2
+    with Predictor(exports, threads=1) as plain:
+        for maps, tensors in zip(found, groups, strict=True):
+            np.testing.assert_allclose(np.stack(maps), plain.predict_tensors(*tensors), atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("images", "length"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8), (9, 16), (16, 16), (17, 24), (64, 64), (65, 72)]
+)
+def test_lengths_of_packed_calls(images, length):
+    assert backend.padded(images) == length
+
+
+def test_padding_is_a_group_of_its_own(gpu, exports, monkeypatch):
+    """Whatever numbers the caller gave its groups."""
+    images, sisms = group(5)
+    for labels in ([0, 0, 1, 1, 2], [5, 5, 5, 5, 5], [1, 1, 3, 3, 2], [-1, -1, 0, 2, 2]):
+        with Predictor(exports.with_name("icnet.packed.onnx"), threads=1) as predictor:
+            predictor._backend.submit(images, sisms, np.array(labels, np.int32))
+            (held,) = [block for block in gpu.pinned.values() if block.size == 8 * 4]
+            sent = held.view(np.int32).tolist()
+        assert sent[:5] == labels
+        assert len(set(sent[5:])) == 1
+        assert sent[5] not in labels
+
+
+class TestProviders:
+    """The options that a session on an NVIDIA GPU gets."""
+
+    @pytest.fixture
+    def seen(self, monkeypatch):
+        """What happens, in order: the import of TensorRT, and the providers of each session, which runs on the CPU."""
+        install(Gpu(), monkeypatch)
+        seen, real = [], onnxruntime.InferenceSession
+
+        class Session(real):
+            def __init__(self, path, options, providers):
+                seen.append(providers)
+                super().__init__(path, options, providers=[CPU])
+
+            def get_providers(self):
+                return [onnx_gpu.TENSORRT, onnx_gpu.CUDA, CPU]
+
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [onnx_gpu.TENSORRT, onnx_gpu.CUDA, CPU])
+        monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+        monkeypatch.setattr(onnx_gpu, "load", seen.append)
+        return seen
+
+    def providers(self, seen, path, *providers):
+        seen.clear()
+        OnnxBackend(path, providers=providers).close()
+        return seen[-1]
+
+    @pytest.mark.parametrize(("precision", "tf32"), [("fp32", {"use_tf32": 0}), ("fp16", {}), ("int8", {})])
+    def test_cuda(self, seen, tmp_path, precision, tf32):
+        write_onnx(random_network(1 / 32), tmp_path / "x.onnx", ExportKind.PLAIN, {"precision": precision})
+        chosen = {"cudnn_conv_algo_search": "HEURISTIC"} | tf32
+        assert self.providers(seen, tmp_path / "x.onnx", onnx_gpu.CUDA) == [(onnx_gpu.CUDA, chosen)]
+
+    def test_options_of_the_callers_are_kept(self, seen, small_model):
+        given = {"use_tf32": 1, "device_id": 0, "cudnn_conv_algo_search": "EXHAUSTIVE"}
+        assert self.providers(seen, small_model, (onnx_gpu.CUDA, given)) == [(onnx_gpu.CUDA, given)]
+        profile = dict.fromkeys(onnx_gpu.PROFILE, "images:2x224x224x3,sisms:2x224x224")
+        (_, options), _ = self.providers(seen, small_model, (onnx_gpu.TENSORRT, profile))
+        assert options.items() > profile.items()
+        assert self.providers(seen, small_model, CPU) == [CPU]
+
+    def test_tensorrt(self, seen, small_model, tmp_path):
+        path = tmp_path / "x.onnx"
+        path.write_bytes(small_model.read_bytes())
+        tensorrt, cuda = self.providers(seen, path, (onnx_gpu.TENSORRT, {"device_id": 0}))
+        assert seen[-2] == "tensorrt"  # its libraries are loaded before the session looks for them
+        assert cuda == (onnx_gpu.CUDA, {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": 0, "device_id": 0})
+        name, options = tensorrt
+        assert name == onnx_gpu.TENSORRT
+        assert [options[option] for option in onnx_gpu.PROFILE] == [
+            f"images:{n}x224x224x3,sisms:{n}x224x224" for n in (1, 5, 64)
+        ]
+        folder = options["trt_engine_cache_path"]
+        assert options["trt_engine_cache_enable"]
+        assert options["trt_timing_cache_enable"]
+        assert Path(folder).is_dir()
+        assert options["trt_timing_cache_path"] == folder
+        write_onnx(random_network(1 / 32), path, ExportKind.PLAIN, {"note": "another file of the same name"})
+        (_, others), _ = self.providers(seen, path, onnx_gpu.TENSORRT)
+        assert others["trt_engine_cache_path"] != folder
+
+    def test_tensorrt_with_a_bank_and_where_nothing_can_be_kept(self, seen, exports, tmp_path):
+        path = tmp_path / "x.onnx"
+        path.write_bytes(bank_files(exports)[1].read_bytes())
+        (tmp_path / "x.onnx.tensorrt").touch()
+        (_, options), _ = self.providers(seen, path, onnx_gpu.TENSORRT)
+        assert options["trt_profile_max_shapes"] == "images:64x224x224x3,sisms:64x224x224,bank:1024x40"
+        assert "trt_engine_cache_enable" not in options
+
+    def test_groups_beyond_the_profile_are_refused(self, seen, small_model, tmp_path):
+        path = tmp_path / "x.onnx"
+        path.write_bytes(small_model.read_bytes())
+        with (
+            Predictor(path, providers=[onnx_gpu.TENSORRT]) as predictor,
+            pytest.raises(ModelError, match=r"profile for groups of up to 64 images, got 65; .*trt_profile_max_shapes"),
+        ):
+            predictor.predict_tensors(*group(65))
 
 
 def test_packs_and_banks_go_through_bindings(gpu, exports, expected):

@@ -16,8 +16,11 @@ from export.checkpoint import weights_digest
 from export.onnx_file import save_model
 from export.to_onnx import write_onnx
 from runtime import DependencyError, ICNetError, InputError, ModelError, Predictor
-from runtime.errors import how_to_install
+from runtime.backends.cuda import NON_BLOCKING
+from runtime.backends.tensorrt import TensorRTBackend
+from runtime.errors import DeviceLostError, how_to_install
 from runtime.files import bank_files
+from runtime.tensorrt_library import log_of
 from tests.helpers import BIRDS, group, random_network
 from tests.simulated_gpu import FREED, Gpu, Violation, engine_file, install
 
@@ -284,6 +287,204 @@ def test_an_error_on_the_device_reaches_the_caller_and_the_slot_comes_back(gpu, 
     assert gpu.leaks() == {}
 
 
+def out_of_memory(gpu, monkeypatch):
+    gpu.memory = gpu.used() + gpu.context_memory - 1
+
+
+def no_context(gpu, monkeypatch):
+    gpu.fail_contexts = True
+
+
+def no_warm_up(gpu, monkeypatch):
+    driver = sys.modules["pycuda.driver"]
+
+    def fail(stream):
+        raise driver.Error("cuStreamSynchronize failed: out of memory")
+
+    synchronize, calls = driver.Stream.synchronize, iter([fail])
+    monkeypatch.setattr(driver.Stream, "synchronize", lambda stream: next(calls, synchronize)(stream))
+
+
+def no_capture(gpu, monkeypatch):
+    monkeypatch.setattr(sys.modules["cuda.bindings.driver"], "cuStreamBeginCapture", lambda *_: (901,))
+
+
+def no_graph(gpu, monkeypatch):
+    monkeypatch.setattr(sys.modules["cuda.bindings.driver"], "cuGraphInstantiate", lambda *_: (2,))
+
+
+@pytest.mark.parametrize("failure", [out_of_memory, no_context, no_warm_up, no_capture, no_graph])
+def test_a_failed_capture_fails_no_call(gpu, engine, expected, monkeypatch, caplog, failure):
+    (tensors, maps), (others, other_maps) = expected[4], expected[6]
+    with Predictor(engine) as predictor:
+        for _ in range(4):  # a graph in each slot, which goes on to be used
+            predictor.predict_tensors(*others)
+        for _ in range(2):
+            predictor.predict_tensors(*tensors)
+        alive = dict(gpu.alive)
+        failure(gpu, monkeypatch)
+        with caplog.at_level("WARNING", logger="runtime"):
+            for call, right in [(tensors, maps), (tensors, maps), (others, other_maps)] * 3:  # each in both slots
+                np.testing.assert_array_equal(predictor.predict_tensors(*call), right)
+        messages = [record.message for record in caplog.records]
+        assert all(message.startswith("no more CUDA graphs: ") for message in messages)
+        assert len(messages) == (1 if failure is no_warm_up else 2)  # one per slot: it is not tried again
+        if failure is not no_warm_up:  # which fails once: the other slot has its graph
+            assert {kind: gpu.alive[kind] for kind in alive} == alive
+    gc.collect()
+    assert gpu.leaks() == {}
+
+
+def test_pycudas_own_errors_are_ours(gpu, engine, expected, monkeypatch):
+    driver = sys.modules["pycuda.driver"]
+
+    def fail(*_):
+        raise driver.Error("cuMemcpyHtoDAsync failed: an illegal memory access was encountered")
+
+    tensors, maps = expected[4]
+    with Predictor(engine, slots=2) as predictor:
+        with monkeypatch.context() as patch:
+            patch.setattr(driver, "memcpy_htod_async", fail)
+            for _ in range(3):  # more often than there are slots
+                with pytest.raises(ModelError, match=r"GPU .*: cuMemcpyHtoDAsync failed: an illegal memory"):
+                    predictor.predict_tensors(*tensors)
+        np.testing.assert_array_equal(predictor.predict_tensors(*tensors), maps)
+    gc.collect()
+    assert gpu.leaks() == {}
+
+
+def test_tensorrts_own_exceptions_are_ours(gpu, engine, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("Unable to\nexecute")
+
+    with Predictor(engine) as predictor:
+        context = type(predictor._backend._pool._free[0]._plain)
+        monkeypatch.setattr(context, "execute_async_v3", fail)
+        for _ in range(3):
+            with pytest.raises(ModelError, match="the GPU failed on a group of 2: Unable to execute"):
+                predictor.predict_tensors(*group(2))
+    gc.collect()
+    assert gpu.leaks() == {}
+
+
+def test_a_gpu_that_stopped_is_refused_from_then_on(any_gpu, engine):
+    predictor = Predictor(engine)
+    predictor.predict_tensors(*group(2))
+    any_gpu.sticky = 719
+    for _ in range(4):
+        with pytest.raises(DeviceLostError, match=r"GPU 0 stopped \(.*719\).*restart the process"):
+            predictor.predict_tensors(*group(2))
+    predictor.close()
+    with pytest.raises(ICNetError, match="closed"):
+        predictor.predict_tensors(*group(2))
+    gc.collect()
+    assert any_gpu.alive["execution context"] == any_gpu.alive["engine"] == 0
+    with pytest.raises(DeviceLostError, match="GPU 0 stopped"):
+        Predictor(engine)
+
+
+def test_waits_beside_other_calls_sleep_and_lone_ones_spin(gpu, engine):
+    def waits():
+        return [detail for kind, _, detail in gpu.log if kind == "wait"]
+
+    with Predictor(engine) as predictor:
+        for _ in range(3):
+            predictor.predict_tensors(*group(1))
+        assert waits() == [None] * 3
+        gpu.log.clear()
+        assert len(list(predictor.predict_groups([group(1)] * 5))) == 5
+        assert waits() == [None, *["sleep"] * 4]
+
+
+def test_a_refused_shape_is_an_error_and_not_the_shape_before(gpu, engine, expected):
+    with Predictor(engine) as predictor:
+        for tensors, maps in expected[:4]:
+            np.testing.assert_array_equal(predictor.predict_tensors(*tensors), maps)
+        gpu.refuse_shapes = True
+        message = r"icnet\.engine: TensorRT refused images of shape \(5, 224, 224, 3\): setInputShape: images"
+        with pytest.raises(ModelError, match=message):
+            predictor.predict_tensors(*group(5))
+        gpu.refuse_shapes = False
+        np.testing.assert_array_equal(predictor.predict_tensors(*tensors), maps)
+
+
+def test_an_interrupted_wait_gives_the_slot_back(gpu, engine, expected, monkeypatch):
+    driver, tensors = sys.modules["pycuda.driver"], expected[4][0]
+
+    def interrupt(event):
+        raise KeyboardInterrupt
+
+    predictor = Predictor(engine)
+    with monkeypatch.context() as patch:
+        patch.setattr(driver.Event, "synchronize", interrupt)
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                predictor.predict_tensors(*tensors)
+    predictor.predict_tensors(*tensors)
+    predictor.close()
+    gc.collect()
+    assert gpu.leaks() == {}
+
+
+def test_engines_with_host_code_need_permission(gpu, small_model, tmp_path, expected):
+    engine = engine_file(tmp_path / "x.engine", small_model, PROFILES, host_code=True)
+    with pytest.raises(ModelError, match=r"x\.engine: brings code that would run on this host.*allow_host_code=True"):
+        Predictor(engine)
+    with Predictor(engine, allow_host_code=True) as predictor:
+        tensors, maps = expected[4]
+        np.testing.assert_array_equal(predictor.predict_tensors(*tensors), maps)
+    gc.collect()
+    assert gpu.leaks() == {}
+
+
+def test_tensorrt_has_one_logger_for_life(gpu, engine, tmp_path):
+    """It keeps the first that it is given; what it says of the second engine reaches the caller nevertheless."""
+    Predictor(engine).close()
+    gc.collect()
+    (tmp_path / "x.engine").write_text("something else")
+    with pytest.raises(ModelError, match="Magic tag does not match"):
+        Predictor(tmp_path / "x.engine")
+
+
+class TestRtxKernels:
+    """What TensorRT-RTX compiles when an engine runs."""
+
+    @pytest.fixture
+    def rtx(self, monkeypatch):
+        return install(Gpu(rtx=True), monkeypatch)
+
+    def run(self, rtx, engine):
+        """Three sizes, of two profiles, in both slots: the number of kernels that were compiled."""
+        before = rtx.made["compiled kernel"]
+        with Predictor(engine) as predictor:
+            for n in (1, 1, 3, 3, 5, 5):
+                predictor.predict_tensors(*group(n))
+        return rtx.made["compiled kernel"] - before
+
+    def test_slots_share_them_and_they_are_kept(self, rtx, engine):
+        assert self.run(rtx, engine) == 2
+        assert self.run(rtx, engine) == 0
+        assert sorted(p.name for p in engine.parent.iterdir()) == ["icnet.engine", "icnet.engine.kernels"]
+
+    def test_those_of_another_version_are_replaced(self, rtx, engine):
+        kernels = engine.with_name("icnet.engine.kernels")
+        kernels.write_text('{"version": "1.0", "profiles": [0, 1, 2]}')
+        assert self.run(rtx, engine) == 2
+        assert json.loads(kernels.read_text())["version"] == rtx.version
+        assert self.run(rtx, engine) == 0
+
+    def test_where_they_can_not_be_kept_the_engine_runs(self, rtx, engine):
+        engine.with_name("icnet.engine.kernels").mkdir()
+        assert self.run(rtx, engine) == self.run(rtx, engine) == 2
+
+    def test_eager_ones_on_request(self, rtx, engine):
+        for eager in (False, True):
+            backend = TensorRTBackend(engine, eager_kernels=eager)
+            config = backend._pool._free[0]._plain.config
+            assert config.dynamic_shapes_kernel_specialization_strategy == (1 if eager else 0)
+            backend.close()
+
+
 def test_groups_outside_every_profile(gpu, engine):
     with Predictor(engine) as predictor:
         with pytest.raises(ModelError, match=r"groups of 1, 2 to 6, 4 to 12 images, got 13; .*--max 13"):
@@ -351,7 +552,7 @@ def test_an_engine_for_one_size(gpu, small_model, tmp_path):
     save_model(model, tmp_path / "three.onnx")
     with Predictor(engine_file(tmp_path / "x.plan", tmp_path / "three.onnx", [(3, 3, 3)])) as predictor:
         assert len(predictor.predict_tensors(*group(3))) == 3
-        with pytest.raises(ModelError, match="groups of 3 images, got 2"):
+        with pytest.raises(ModelError, match="groups of 3 images, got 2; export the model with a dynamic group axis"):
             predictor.predict_tensors(*group(2))
 
 
@@ -367,6 +568,27 @@ def test_missing_packages(gpu, engine, monkeypatch, missing, message):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DependencyError, match=re.escape(message)):
         Predictor(engine)
+    gc.collect()
+    assert gpu.leaks() == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("raise OSError('libnvinfer.so.10: cannot open\\nshared object file')", "can't be loaded: libnvinfer.so.10: "),
+        ("raise ImportError('undefined symbol')", "tensorrt is installed but can't be loaded: undefined symbol"),
+        ("import tensorrt_bindings_of_no_one", "tensorrt is installed but can't be loaded: No module named"),
+        ("__version__ = '10.0.1'", "tensorrt 10.0.1 is too old: 10.1 or newer is needed"),
+    ],
+)
+def test_broken_and_old_packages_are_not_missing_ones(gpu, engine, monkeypatch, tmp_path, source, message):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/tensorrt.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.delitem(sys.modules, "tensorrt")
+    with pytest.raises(DependencyError, match=re.escape(message)) as caught:
+        Predictor(engine)
+    assert "\n" not in str(caught.value)
     gc.collect()
     assert gpu.leaks() == {}
 
@@ -467,7 +689,7 @@ class TestTheSimulationIsStrict:
         return driver
 
     def test_copies_happen_only_when_waited_for(self, driver):
-        host, memory, stream = driver.pagelocked_empty((4,), np.uint8), driver.mem_alloc(4), driver.Stream()
+        host, memory, stream = driver.pagelocked_empty((4,), np.uint8), driver.mem_alloc(4), driver.Stream(NON_BLOCKING)
         host[:] = 1
         driver.memcpy_htod_async(memory, host, stream)
         host[:] = 2  # too early: the copy has not happened
@@ -478,15 +700,15 @@ class TestTheSimulationIsStrict:
 
     def test_pageable_memory_is_refused(self, driver):
         with pytest.raises(Violation, match="pageable"):
-            driver.memcpy_htod_async(driver.mem_alloc(4), np.zeros(4, np.uint8), driver.Stream())
+            driver.memcpy_htod_async(driver.mem_alloc(4), np.zeros(4, np.uint8), driver.Stream(NON_BLOCKING))
 
     def test_addresses_outside_an_allocation_are_refused(self, driver):
         host, memory = driver.pagelocked_empty((8,), np.uint8), driver.mem_alloc(4)
         with pytest.raises(Violation, match="not inside one live device allocation"):
-            driver.memcpy_htod_async(memory, host, driver.Stream())
+            driver.memcpy_htod_async(memory, host, driver.Stream(NON_BLOCKING))
 
     def test_freed_memory_is_poisoned_and_refused(self, driver):
-        host, memory, stream = driver.pagelocked_empty((4,), np.uint8), driver.mem_alloc(4), driver.Stream()
+        host, memory, stream = driver.pagelocked_empty((4,), np.uint8), driver.mem_alloc(4), driver.Stream(NON_BLOCKING)
         driver.memcpy_htod_async(memory, host, stream)
         memory.free()
         with pytest.raises(Violation, match="live device allocation"):
@@ -502,8 +724,20 @@ class TestTheSimulationIsStrict:
     @pytest.mark.parametrize("shape", [(13, 224, 224, 3), (2, 100, 100, 3)])
     def test_shapes_outside_the_profile_are_refused(self, driver, engine, shape):
         trt = sys.modules["tensorrt"]
-        loaded = trt.Runtime(trt.ILogger()).deserialize_cuda_engine(engine.read_bytes())
+        log = log_of(trt)
+        loaded = trt.Runtime(log.logger).deserialize_cuda_engine(engine.read_bytes())
         context = loaded.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        context.set_optimization_profile_async(1, driver.Stream().handle)
-        with pytest.raises(Violation):
-            context.set_input_shape("images", shape)
+        stream = driver.Stream(NON_BLOCKING).handle
+        context.set_optimization_profile_async(1, stream)
+        with log.listening() as heard:
+            assert not context.set_input_shape("images", shape)
+        assert "is not within 2 to 6" in heard.last_error
+        with pytest.raises(Violation, match="after a shape was refused"):  # what ran before would run again
+            context.execute_async_v3(stream)
+
+    def test_a_logger_must_outlive_all_that_follows(self, driver, engine):
+        trt = sys.modules["tensorrt"]
+        trt.Runtime(trt.ILogger())
+        gc.collect()
+        with pytest.raises(Violation, match="the logger is gone"):
+            trt.Runtime(log_of(trt).logger).deserialize_cuda_engine(b"something else")

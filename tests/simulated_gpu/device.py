@@ -9,7 +9,7 @@ import numpy as np
 FRESH, FREED = 0xCD, 0xDD  # what memory holds before it is written, and after it is freed
 
 
-class Violation(AssertionError):
+class Violation(BaseException):
     """The program did what a GPU may punish. Not a CUDA error: nothing may catch and survive it."""
 
 
@@ -20,6 +20,8 @@ def check(condition, message):
 
 class Gpu:
     """The device: memory, streams and a log of what was issued, as (operation, stream handle, detail)."""
+
+    context_memory = 1 << 16  # of each execution context
 
     def __init__(self, memory=1 << 34, rtx=False, version="10.16.0", bindings=True):
         self.memory, self.rtx, self.version, self.bindings = memory, rtx, version, bindings
@@ -35,6 +37,10 @@ class Gpu:
         self.handles = itertools.count(1)
         self.addresses = itertools.count(1 << 40, 1 << 33)
         self.fail_launch = False
+        self.sticky = 0  # the code of an error after which every call fails with it
+        self.refuse_shapes = False
+        self.fail_contexts = False  # an exception of TensorRT's own
+        self.first_logger = None  # a weak reference: TensorRT keeps no other
 
     def make(self, kind):
         with self.lock:
@@ -51,6 +57,13 @@ class Gpu:
     def note(self, operation, stream, detail=None):
         with self.lock:
             self.log.append((operation, stream, detail))
+
+    def used(self):
+        """Bytes of device memory that are taken."""
+        return sum(block.size for block in self.allocations.values()) + self.contexts() * self.context_memory
+
+    def contexts(self):
+        return self.alive["execution context"]
 
     def need_context(self):
         check(getattr(self.thread, "depth", 0) > 0, "called without a current context on this thread")

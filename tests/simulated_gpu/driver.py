@@ -54,7 +54,7 @@ def pycuda_driver(gpu):
 
     def mem_alloc(size):
         gpu.need_context()
-        if sum(a.size for a in gpu.allocations.values()) + size > gpu.memory:
+        if gpu.used() + size > gpu.memory:
             raise Error("cuMemAlloc failed: out of memory")
         return DeviceAllocation(size)
 
@@ -103,12 +103,15 @@ def pycuda_driver(gpu):
 
         def synchronize(self):
             gpu.need_context()
+            if gpu.sticky:
+                raise Error(f"cuStreamSynchronize failed: error {gpu.sticky}")
             check(self.capturing is None, "a capturing stream was synchronised")
             self.run_until(None)
 
     class Event:
         def __init__(self, flags=0):
             gpu.need_context()
+            self.wait = "sleep" if flags & 1 else None
             self.stream: Stream | None = None
 
         def record(self, stream):
@@ -120,14 +123,18 @@ def pycuda_driver(gpu):
 
         def synchronize(self):
             gpu.need_context()
+            if gpu.sticky:
+                raise Error(f"cuEventSynchronize failed: error {gpu.sticky}")
             if self.stream is None:
                 raise Violation("waited for an event that was never recorded")
-            gpu.note("wait", self.stream.handle)
+            gpu.note("wait", self.stream.handle, self.wait)
             if self.marker in self.stream.queue:
                 self.stream.run_until(self.marker)
 
     def memcpy_htod_async(destination, source, stream):
         gpu.need_context()
+        if gpu.sticky:
+            raise Error(f"cuMemcpyHtoDAsync failed: error {gpu.sticky}")
         data, address = gpu.pinned_bytes(source), int(destination)
         gpu.device_view(address, data.size)
 
@@ -148,7 +155,8 @@ def pycuda_driver(gpu):
 
     vars(driver).update(
         Error=Error, Context=Context, Device=Device, Stream=Stream, Event=Event, init=lambda: None,
-        event_flags=SimpleNamespace(DISABLE_TIMING=2), mem_alloc=mem_alloc, pagelocked_empty=pagelocked_empty,
+        event_flags=SimpleNamespace(DISABLE_TIMING=2, BLOCKING_SYNC=1),
+        mem_alloc=mem_alloc, pagelocked_empty=pagelocked_empty,
         memcpy_htod_async=memcpy_htod_async, memcpy_dtoh_async=memcpy_dtoh_async,
     )  # fmt: skip
     return driver
@@ -196,7 +204,7 @@ def library(gpu):
         cuInit=lambda flags: 0, cuDeviceGet=lambda device, number: 101 if number else 0,
         cuDevicePrimaryCtxRetain=retain, cuDevicePrimaryCtxRelease_v2=release, cuCtxPushCurrent_v2=push,
         cuCtxPopCurrent_v2=pop, cuMemHostAlloc=allocate, cuMemFreeHost=free,
-        cuMemGetInfo_v2=lambda free, total: 0, cuThreadExchangeStreamCaptureMode=lambda mode: 0,
+        cuMemGetInfo_v2=lambda free, total: gpu.sticky, cuThreadExchangeStreamCaptureMode=lambda mode: 0,
     )  # fmt: skip
 
 
@@ -225,8 +233,8 @@ def graphs(gpu):
 
     def launch(executable, handle):
         gpu.need_context()
-        if gpu.fail_launch:
-            return (719,)
+        if gpu.fail_launch or gpu.sticky:
+            return (gpu.sticky or 719,)
         gpu.note("launch", handle)
         gpu.streams[handle].queue.extend(executable)
         return (0,)

@@ -1,8 +1,10 @@
 """TensorRT's runtime. An engine is a JSON header and an ONNX model, computed by ONNX Runtime."""
 
 import json
+import threading
+import weakref
 from enum import IntEnum
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import numpy as np
 import onnxruntime
@@ -12,12 +14,13 @@ from tests.simulated_gpu.device import Violation, check
 MAGIC = b"simulated engine\n"
 
 
-def engine_file(path, onnx_path, profiles, version="10.16.0", name="Unnamed Network 0"):
+def engine_file(path, onnx_path, profiles, version="10.16.0", name="Unnamed Network 0", host_code=False):
     """Write an engine for the simulated TensorRT of that version.
 
     A profile is (min, opt, max), the lengths of all inputs, or a dict of such by the inputs' names.
     """
-    header = json.dumps({"version": version, "profiles": profiles, "name": name}).encode() + b"\n"
+    fields = {"version": version, "profiles": profiles, "name": name, "host_code": host_code}
+    header = json.dumps(fields).encode() + b"\n"
     path.write_bytes(MAGIC + header + onnx_path.read_bytes())
     return path
 
@@ -37,14 +40,23 @@ def tensorrt(gpu):
 
     ILogger.Severity = Severity
 
+    def say(severity, message):
+        """A message to the first logger that TensorRT was given, from a thread of TensorRT's own."""
+        logger = gpu.first_logger()
+        if logger is None:
+            raise Violation("the logger is gone")
+        thread = threading.Thread(target=logger.log, args=(severity, message))
+        thread.start()
+        thread.join()
+
     class ExecutionContext:
         def __init__(self, engine, config):
-            gpu.need_context()
             gpu.make("execution context")
             self.engine, self.config = engine, config
             self.active_optimization_profile = 0
             self.shapes, self.addresses = {}, {}
             self.scratch: tuple[int, int] | None = None
+            self.refused = False  # the last shape
             self.version = 0  # counts changes: a captured graph holds for one
             self.ran = None  # the version that has run uncaptured
 
@@ -74,15 +86,23 @@ def tensorrt(gpu):
         def set_input_shape(self, name, shape):
             check(self.engine.is_input(name), f"no input {name}")
             low, _, high = self.engine.lengths(name, self.active_optimization_profile)
-            check(low <= shape[0] <= high, f"{name}: {shape} outside profile {low} … {high}")
-            check(tuple(shape[1:]) == tuple(self.engine.tensors[name].shape[1:]), f"{name}: shape {shape}")
+            fixed = tuple(self.engine.tensors[name].shape[1:])
+            if gpu.refuse_shapes or not low <= shape[0] <= high or tuple(shape[1:]) != fixed:
+                say(Severity.ERROR, f"setInputShape: {name} {shape} is not within {low} to {high}, {fixed}")
+                self.refused = True
+                return False
             self.shapes[name] = tuple(shape)
+            self.refused = False
             self.version += 1
             return True
 
         def execute_async_v3(self, handle):
             gpu.need_context()
             check(handle in gpu.streams, "executed on no stream")
+            if gpu.sticky:
+                say(Severity.ERROR, f"CUDA error {gpu.sticky}")
+                return False
+            check(not self.refused, "executed after a shape was refused: the shape before it would run")
             if self.scratch is None:
                 raise Violation("executed without scratch memory")
             check(set(self.shapes) == set(self.engine.inputs), "executed without all input shapes")
@@ -93,6 +113,8 @@ def tensorrt(gpu):
                 check(self.ran == version, "captured before an uncaptured run with these shapes")
             else:
                 self.ran = version
+            if gpu.rtx:
+                self.config.compile(self.active_optimization_profile)
             shapes, addresses, scratch = dict(self.shapes), dict(self.addresses), self.scratch
 
             def work():
@@ -147,13 +169,17 @@ def tensorrt(gpu):
             return [(n, *self.tensors[name].shape[1:]) for n in self.lengths(name, index)]
 
         def create_runtime_config(self):
-            config = SimpleNamespace(cuda_graph_strategy=0, strategy=Strategy.STATIC)
-            config.set_execution_context_allocation_strategy = lambda s: setattr(config, "strategy", s)
-            return config
+            return RuntimeConfig()
 
         def create_execution_context(self, config):
             strategy = config.strategy if gpu.rtx else config
             check(strategy == Strategy.USER_MANAGED, "the context would allocate its own memory")
+            gpu.need_context()
+            if gpu.fail_contexts:
+                raise RuntimeError("CUDA initialization failure")
+            if gpu.used() + gpu.context_memory > gpu.memory:
+                say(Severity.ERROR, "createExecutionContext: out of memory")
+                return None
             return ExecutionContext(self, config)
 
         def compute(self, shapes, addresses):
@@ -166,24 +192,68 @@ def tensorrt(gpu):
             found = self.session.run([output], feeds)[0]
             gpu.device_view(addresses[output], found.nbytes)[:] = found.reshape(-1).view(np.uint8)
 
+    class RuntimeCache:
+        """The compiled kernels: here, the profiles that have run."""
+
+        def __init__(self):
+            self.profiles: set[int] = set()
+
+        def serialize(self):
+            return json.dumps({"version": gpu.version, "profiles": sorted(self.profiles)}).encode()
+
+        def deserialize(self, blob):
+            found = json.loads(blob)
+            if found["version"] != gpu.version:
+                return False
+            self.profiles.update(found["profiles"])
+            return True
+
+    class RuntimeConfig:
+        """RTX: how contexts are made."""
+
+        def __init__(self):
+            self.cuda_graph_strategy, self.strategy = 0, Strategy.STATIC
+            self.dynamic_shapes_kernel_specialization_strategy = 0
+            self.cache = RuntimeCache()
+
+        def set_execution_context_allocation_strategy(self, strategy):
+            self.strategy = strategy
+
+        def create_runtime_cache(self):
+            return RuntimeCache()
+
+        def set_runtime_cache(self, cache):
+            self.cache = cache
+            return True
+
+        def compile(self, profile):
+            if profile not in self.cache.profiles:
+                gpu.made["compiled kernel"] += 1
+            self.cache.profiles.add(profile)
+
     class Runtime:
         def __init__(self, logger):
-            self.logger = logger
+            self.engine_host_code_allowed = False
+            if gpu.first_logger is None:
+                gpu.first_logger = weakref.ref(logger)
 
         def deserialize_cuda_engine(self, content):
             gpu.need_context()
             header = content.removeprefix(MAGIC).partition(b"\n")[0]
             if not content.startswith(MAGIC):
-                self.logger.log(Severity.ERROR, "Magic tag does not match")
+                say(Severity.ERROR, "Magic tag does not match")
                 return None
-            version = json.loads(header)["version"]
-            if version != gpu.version:
-                self.logger.log(Severity.ERROR, f"engine was serialised by {version}, this is {gpu.version}")
+            fields = json.loads(header)
+            if fields["version"] != gpu.version:
+                say(Severity.ERROR, f"engine was serialised by {fields['version']}, this is {gpu.version}")
+                return None
+            if fields["host_code"] and not self.engine_host_code_allowed:
+                say(Severity.ERROR, "API Usage Error (Engine has host code, which engineHostCodeAllowed forbids)")
                 return None
             try:
                 return Engine(content)
             except Exception as error:
-                self.logger.log(Severity.ERROR, f"Deserialization failed: {error}")
+                say(Severity.ERROR, f"Deserialization failed: {error}")
                 return None
 
     vars(trt).update(
@@ -192,5 +262,8 @@ def tensorrt(gpu):
     )  # fmt: skip
     if gpu.rtx:
         CudaGraphStrategy = IntEnum("CudaGraphStrategy", "DISABLED WHOLE_GRAPH_CAPTURE", start=0)
-        vars(trt).update(CudaGraphStrategy=CudaGraphStrategy)
+        Specialization = IntEnum("Specialization", "LAZY EAGER NONE", start=0)
+        vars(trt).update(
+            CudaGraphStrategy=CudaGraphStrategy, DynamicShapesKernelSpecializationStrategy=Specialization
+        )  # fmt: skip
     return trt

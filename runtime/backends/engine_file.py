@@ -1,0 +1,211 @@
+"""A TensorRT engine's file: read, checked, deserialised; the group sizes that it takes; the kernels compiled for it."""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.contract import ENGINE_NAME, ExportKind, Interface, TensorSpec, check_contract
+from runtime.errors import DependencyError, ModelError, OutputError
+from runtime.files import replacing
+from runtime.tensorrt_library import NAMES, Log, load, log_of, not_installed
+
+logger = logging.getLogger(__name__)
+
+Range = tuple[int, int, int]  # the smallest, the best and the largest length of a tensor's first axis
+Profile = tuple[Range, ...]  # of each input
+Lengths = tuple[int, ...]  # likewise, those of a call
+
+
+class Profiles:
+    """What an engine takes.
+
+    Args:
+        ranges: per profile, what each input takes; a fixed axis is a range of one.
+        images: the number of inputs whose length is the number of images; a bank comes after them.
+    """
+
+    def __init__(self, ranges: Sequence[Profile], images: int) -> None:
+        self.ranges = list(ranges)
+        inputs = [profile[:images] for profile in ranges]
+        # Of each profile, the smallest and the largest number of images.
+        self.groups = [(max(low for low, _, _ in each), min(high for _, _, high in each)) for each in inputs]
+        self.banks = [(profile[-1][0], profile[-1][2]) for profile in ranges]
+        self.longest = [max(high for _, _, high in each) for each in zip(*ranges, strict=True)]  # of each input
+        self._found: dict[Lengths, int | None] = {}
+
+    def index(self, lengths: Lengths) -> int | None:
+        """The number of the profile that fits a call most closely; None if none does."""
+        if lengths not in self._found:
+            fitting = [
+                ([high for _, _, high in profile], index)
+                for index, profile in enumerate(self.ranges)
+                if all(low <= length <= high for (low, _, high), length in zip(profile, lengths, strict=True))
+            ]
+            self._found[lengths] = min(fitting)[1] if fitting else None
+        return self._found[lengths]
+
+
+@dataclass(frozen=True)
+class LoadedEngine:
+    """A deserialised engine that follows the contract.
+
+    Attributes:
+        trt: the module that loaded it, `tensorrt` or `tensorrt_rtx`.
+        log: what that module says.
+        engine: TensorRT's own object.
+        interface: its tensors.
+        profiles: what it takes.
+        weights_digest: of the network's weights, if the engine tells.
+    """
+
+    trt: Any
+    log: Log
+    engine: Any
+    interface: Interface
+    profiles: Profiles
+    weights_digest: str | None
+
+
+def load_engine(path: Path, content: bytes, allow_host_code: bool) -> LoadedEngine:
+    """Deserialise an engine, with the GPU's context current.
+
+    Args:
+        path: its file, for messages.
+        content: from `read_engine`.
+        allow_host_code: load an engine that brings code for the CPU, as those of `--version-compatible` do.
+
+    Raises:
+        ModelError: not an engine of an exported ICNet, or of another TensorRT or GPU, or one with code that is not
+            allowed.
+        DependencyError: TensorRT is not installed, or broken.
+    """
+    trt, log, engine = _deserialise(path, content, allow_host_code)
+    specs = _specs(trt, engine)
+    inputs = [spec for spec, is_input in specs if is_input]
+    interface = check_contract(path, inputs, [spec for spec, is_input in specs if not is_input])
+    images = len(interface.inputs) - (interface.kind is ExportKind.BANKED)
+    name = str(getattr(engine, "name", ""))
+    weights = name.removeprefix(ENGINE_NAME) if name.startswith(ENGINE_NAME) else None
+    return LoadedEngine(trt, log, engine, interface, Profiles(_ranges(engine, interface), images), weights)
+
+
+def read_engine(path: Path) -> bytes:
+    """The engine's bytes, checked against its sidecar if there is one.
+
+    Raises:
+        ModelError: it can't be read, or the sidecar is another's.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path}: can't be read: {error.strerror or error}") from error
+    sidecar = path.with_name(path.name + ".json")
+    if sidecar.is_file():
+        try:
+            expected = json.loads(sidecar.read_text())["engine_sha256"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"{sidecar}: not the sidecar of an engine; delete it or rebuild with icnet build"
+            ) from error
+        if expected != hashlib.sha256(content).hexdigest():
+            raise ModelError(f"{path}: is not the engine that {sidecar.name} describes; rebuild it with icnet build")
+    return content
+
+
+def _deserialise(path: Path, content: bytes, allow_host_code: bool) -> tuple[Any, Log, Any]:
+    """The module that can load the engine, its log, and the engine."""
+    said: list[str] = []
+    broken: DependencyError | None = None
+    for name in NAMES:
+        try:
+            trt = load(name)
+        except DependencyError as error:  # the other one may do
+            broken = broken or error
+            continue
+        if trt is None:
+            continue
+        log = log_of(trt)
+        with log.listening() as heard:
+            runtime = trt.Runtime(log.logger)
+            runtime.engine_host_code_allowed = allow_host_code
+            engine = runtime.deserialize_cuda_engine(content)
+        if engine is not None:
+            return trt, log, engine
+        said.append(f"{name} {trt.__version__}: {heard.errors[0] if heard.errors else heard.last_error}")
+        if not allow_host_code and any(re.search(r"host.?code", text, re.IGNORECASE) for text in heard.errors):
+            raise ModelError(
+                f"{path}: brings code that would run on this host, as a version-compatible engine does; if it comes "
+                "from where you trust, use Predictor(..., allow_host_code=True)"
+            )
+    if broken:
+        raise broken
+    if not said:
+        raise not_installed()
+    raise ModelError(
+        f"{path}: can't be loaded; an engine runs with the TensorRT version and on the kind of GPU that it was built "
+        f"for: rebuild it here with icnet build --onnx MODEL.onnx --output {path} ({said[0]})"
+    )
+
+
+def _specs(trt: Any, engine: Any) -> list[tuple[TensorSpec, bool]]:
+    """The engine's tensors, and whether each is an input."""
+    specs = []
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        dtype = str(np.dtype(trt.nptype(engine.get_tensor_dtype(name))))
+        shape = tuple(None if d == -1 else d for d in engine.get_tensor_shape(name))
+        specs.append((TensorSpec(name, dtype, shape), engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT))
+    return specs
+
+
+def _ranges(engine: Any, interface: Interface) -> list[Profile]:
+    def lengths(spec: TensorSpec, index: int) -> Range:
+        if isinstance(spec.shape[0], int):
+            return (spec.shape[0],) * 3
+        low, best, high = (int(shape[0]) for shape in engine.get_tensor_profile_shape(spec.name, index))
+        return low, best, high
+
+    count = engine.num_optimization_profiles if any(not isinstance(s.shape[0], int) for s in interface.inputs) else 1
+    return [tuple(lengths(spec, index) for spec in interface.inputs) for index in range(count)]
+
+
+class KernelCache:
+    """The kernels that TensorRT-RTX has compiled for an engine: shared by its contexts, and kept in a file beside it.
+
+    Args:
+        path: the engine's file.
+        engine: TensorRT-RTX's own object.
+
+    Attributes:
+        cache: what a context's configuration takes; it must outlive the contexts.
+    """
+
+    def __init__(self, path: Path, engine: Any) -> None:
+        self._path = path.with_name(path.name + ".kernels")
+        self.cache: Any = engine.create_runtime_config().create_runtime_cache()
+        try:
+            self._saved = self._path.read_bytes()
+        except OSError:  # there is none yet
+            self._saved = b""
+        if self._saved and not self.cache.deserialize(self._saved):
+            logger.info("%s: kernels of another GPU or TensorRT-RTX; they are compiled again", self._path)
+            self._saved = b""
+
+    def save(self) -> None:
+        """Write the file if there are new kernels; that it can't be written is no error."""
+        content = bytes(self.cache.serialize())
+        if not content or content == self._saved:
+            return
+        try:
+            with replacing(self._path) as temporary:
+                temporary.write_bytes(content)
+            self._saved = content
+        except OutputError as error:
+            logger.info("compiled kernels are not kept: %s", error)
