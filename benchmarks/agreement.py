@@ -1,10 +1,10 @@
-"""The networks of a comparison as files, and whether the runners that run them agree.
+"""The networks of a comparison as files, and the bounds within which the runners of them must agree.
 
 The bound is on the mean of |Δ|: four of the noise floors of `export.noise`, measured on the comparison's own network,
-one floor per precision. As in `export.proof`, and for the same reason, differences are pooled over groups: before the
-comparison all runners compute the groups that the floor is measured on. FP16 too may be four floors away, not three as
-a file of ours: other ways to compute in FP16 (PyTorch's autocast) round in other places. Four floors do not excuse
-everything: on a trained network autocast, which correlates in FP16, was a hundred floors away.
+one floor per precision. As in `export.proof`, differences are pooled over groups: before the comparison all runners
+compute the groups that the floor is measured on. A file of ours in FP16 may be three floors away, a runner four: other
+ways to compute in FP16 (PyTorch's autocast) round in other places. A real fault is far beyond: on a trained network
+autocast, which correlates in FP16, was a hundred floors away.
 """
 
 import json
@@ -30,8 +30,8 @@ from runtime.errors import ModelError
 from runtime.predictor import MNN_SUFFIX
 
 PRECISIONS = ("fp32", "fp16", "int8")  # in the notes of an export
-FLOORS = 4.0  # that the mean of |Δ| may be
-GROUPS = (1, 2, 5, 1, 2, 5)  # sizes of those that are judged
+FLOORS = 4.0  # of noise, that the mean of |Δ| may reach
+GROUPS = (1, 2, 5, 1, 2, 5)  # sizes of the groups that are judged
 
 
 def prepare(folder: Path, checkpoint: Path | None, half: bool = False) -> ICNet:
@@ -62,10 +62,9 @@ def prepare(folder: Path, checkpoint: Path | None, half: bool = False) -> ICNet:
 
 
 def precision_of(path: Path) -> str:
-    """The precision by which a model file is judged: the one in its notes, or INT8 without any.
+    """The precision by which a model file is judged: the one that it notes, or INT8 without a note.
 
-    The notes of an export are its metadata, those of an engine of ours NAME.engine.json; MNN's files are FP32 by
-    Winograd.
+    An export notes it in its metadata, an engine of ours in NAME.engine.json; MNN's files are FP32 by Winograd.
     """
     if path.suffix.lower() == MNN_SUFFIX:
         return "winograd"
@@ -84,14 +83,14 @@ def precision_of(path: Path) -> str:
 
 
 def judged(largest: int) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
-    """The groups, of at most so many images, that the floor is measured and all runners are judged on."""
+    """The groups of at most `largest` images on which the floor is measured and all runners are judged."""
     return [inputs(min(n, largest), seed) for seed, n in enumerate(GROUPS, 1)]
 
 
 def bounds(
     network: ICNet, precisions: Iterable[str], groups: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]]
 ) -> dict[str, float]:
-    """How large the mean of |Δ| over these groups may be by rounding alone, per precision."""
+    """The largest mean of |Δ| over these groups that rounding explains, per precision."""
     expected_by, others = reference(network), {p: variant(network, p) for p in precisions}
     differences: dict[str, list[Tensor]] = {p: [] for p in others}
     for group in groups:
@@ -105,14 +104,19 @@ def bounds(
 
 @dataclass
 class Agreement:
-    """How far one runner's maps are from the reference, over all groups so far; and how far they may be."""
+    """How far one runner's maps are from the reference.
 
-    bound: float | None
+    Attributes:
+        bound: how large the mean of |Δ| may be; None if the maps are not judged.
+        total: the sum of |Δ| over all groups so far; `pixels` is their number.
+    """
+
+    bound: float | None = None
     total: float = 0.0
     pixels: int = 0
 
     def add(self, difference: NDArray[np.float32]) -> bool | None:
-        """One more group's |Δ|: whether the mean over all is within the bound; None if there is no bound."""
+        """Add one more group's |Δ|: whether the mean over all is within the bound; None if there is no bound."""
         self.total += float(difference.sum(dtype=np.float64))
         self.pixels += difference.size
         return None if self.bound is None else self.total / self.pixels <= self.bound

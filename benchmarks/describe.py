@@ -1,29 +1,31 @@
-"""What is shown of each kind of results: tables, lines and a plot, for `render.py` to show."""
+"""The page of each kind of results: tables, lines and a plot, which `render.py` shows."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.records import Latency, Machine, Record, Roofline, ScaledModel, Scaling, Throughput
-from benchmarks.render import NOTHING, Page, Panel, Plot, Series, Table, brief
-from benchmarks.timing import interval
+from benchmarks.records import Latency, Record, Roofline, RunnerRow, ScaledModel, Scaling, Throughput
+from benchmarks.render import NOTHING, Page, Plot, Table, brief
+from benchmarks.timing import interval, line
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COSTLIEST = 10  # nodes of a roofline
 INTERRUPTED = "interrupted: this is what was measured until then"
 
 
-def name_of(machine: Machine) -> str:
-    """The machine in a few words."""
-    return machine["gpu"] if "gpu" in machine else f"{machine['cpu']}, {machine['threads']} threads"
-
-
-def about(results: Record) -> str:
-    """Machine, versions and date, in a line."""
+def _page(results: Record, parts: Sequence[Table | str], plot: Plot | None = None, more: str = "") -> Page:
+    """A page that begins with the machine, the versions, the date and `more`, in one line."""
     machine = results["machine"]
+    name = machine["gpu"] if "gpu" in machine else f"{machine['cpu']}, {machine['threads']} threads"
     versions = [f"{k} {v}" for k, v in machine["versions"].items() if k not in ("python", "icnet-deploy")]
     python = f"Python {machine['versions']['python']}"
-    return f"{name_of(machine)}; {machine['date']}; {', '.join((python, *versions))}."
+    about = f"{name}; {machine['date']}; {', '.join((python, *versions))}.{more}"
+    return Page(about, [*parts, *([INTERRUPTED] if results["interrupted"] else [])], plot)
 
 
 def _cell(row: Mapping[str, Any], key: str, factor: float, form: str) -> str:
@@ -31,12 +33,8 @@ def _cell(row: Mapping[str, Any], key: str, factor: float, form: str) -> str:
     return NOTHING if value is None else f"{value * factor:{form}}"
 
 
-def _end(results: Record) -> list[str]:
-    return [INTERRUPTED] if results["interrupted"] else []
-
-
 def latency(results: Latency) -> Page:
-    """The comparison of all runners, and the way from files to files."""
+    """The comparison of all runners, and the times from files to files."""
     digits = ".2f" if "gpu" in results["machine"] else ".0f"
     columns = {  # heading: (key, factor, format)
         "ms": ("median_s", 1e3, digits),
@@ -58,30 +56,38 @@ def latency(results: Latency) -> Page:
         cells.append([str(n), label, ratio, *(_cell(row, *column) for column in columns.values())])
     parts: list[Table | str] = []
     if cells:
-        note = (
-            f"ratio: times as fast as {results['first']}, with its 95 % interval; p99: of few rounds, the slowest; MB: "
-            "peak of a process that runs this runner alone; start: from the start of that process to the first map; of "
-            "peak: convolutions and products per second, as a share of a large matrix product's rate; |Δ|: mean "
-            "difference of the maps"
+        notes = (
+            f"ratio: times as fast as {results['first']}, with its 95 % interval",
+            "p99: the slowest if the rounds are few",
+            "MB: peak memory of a process that runs this runner alone",
+            "start: from the start of that process to the first map",
+            "of peak: convolutions and products per second, as a share of a large matrix product's rate",
+            "|Δ|: mean difference of the maps",
         )
         heading = ["N", "runner", "ratio", *columns]
-        parts.append(Table("Time of a whole group", heading, cells, texts=2, grouped=True, note=note))
+        parts.append(Table("Time of a whole group", heading, cells, texts=2, grouped=True, note="; ".join(notes)))
     if results["end_to_end"]:
         parts.append(_files(results))
     parts += [f"not run: {label}: {brief(why)}" for label, why in results["not_run"].items()]
     for label in dict.fromkeys(label for _, label, row in rows if row["agrees"] is False):
         parts.append(f"disagrees: {label}: its maps differ from the reference by more than rounding explains")
     if len({label for _, label, _ in rows}) > 1 and all(row["agrees"] is None for *_, row in rows):
-        parts.append("not judged: whether the maps agree; that takes the --checkpoint they are of")
-    series = []
+        parts.append("not judged: whether the maps agree; that takes the --checkpoint of the models")
+    plot = Plot("Images per second by group size", (8, 3.8), partial(_draw_latency, rows))
+    return _page(results, parts, plot)
+
+
+def _draw_latency(rows: Sequence[tuple[int, str, RunnerRow]], figure: "Figure") -> None:
+    """Images per second of every runner."""
+    axes = figure.subplots()
     for label in dict.fromkeys(label for _, label, _ in rows):
-        points = [(n, row["images_per_s"]) for n, other, row in rows if other == label]
-        style = "o--" if label.startswith("paper") else "o-"
-        series.append(Series(label, [n for n, _ in points], [y for _, y in points], style))
-    ticks = [group["n"] for group in results["groups"]]
-    panel = Panel("images in the group", "images per second", series, log="x", ticks=ticks, beside=True)
-    plot = Plot("Images per second by group size", [panel], (8, 3.8))
-    return Page(about(results), [*parts, *_end(results)], plot)
+        points = {n: row["images_per_s"] for n, other, row in rows if other == label}
+        axes.plot([*points], [*points.values()], "o--" if label.startswith("paper") else "o-", label=label)
+    axes.set(xlabel="images in the group", ylabel="images per second", xscale="log", ylim=(0, None))
+    sizes = sorted({n for n, *_ in rows})
+    axes.set_xticks(sizes, [str(n) for n in sizes])
+    axes.minorticks_off()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _files(results: Latency) -> Table:
@@ -96,12 +102,12 @@ def _files(results: Latency) -> Table:
         ["N", "runner", "whole", *stages, "not the network"],
         cells,
         texts=2,
-        note="stages: one after the other; not the network: what is left of the whole way",
+        note="stages: one after the other; not the network: the rest of the whole time",
     )
 
 
 def summary(results: Latency) -> Page:
-    """The times and ratios of a comparison, and no more: a table for a page that speaks of other things, too."""
+    """The times and ratios of a comparison in one small table, for README."""
     sizes = results["groups"]
     rows = []
     for label in dict.fromkeys(label for group in sizes for label in group["runners"]):
@@ -113,7 +119,7 @@ def summary(results: Latency) -> Page:
         rows.append([label, *cells])
     title = f"Median time of a group of N images, ms; in brackets, how many times as fast as {results['first']}"
     table = Table(title, ["runner", *(f"N = {group['n']}" for group in sizes)], rows)
-    return Page(about(results), [table, *_end(results)])
+    return _page(results, [table])
 
 
 def scaling(results: Scaling) -> Page:
@@ -136,7 +142,9 @@ def scaling(results: Scaling) -> Page:
         parts += [f"not run: {name}, group of {n}: {brief(why)}" for n, why in found["not_run"].items()]
     parts += [_packs(found) for found in results["models"] if found.get("packs")]
     packed = next((found for found in results["models"] if found.get("packs")), None)
-    return Page(about(results), [*parts, *_end(results)], _scaling_plot(results, packed))
+    draw = partial(_draw_scaling, results["models"], packed)
+    plot = Plot("Time and memory against the group's size", (13 if packed else 9, 3.6), draw)
+    return _page(results, parts, plot)
 
 
 def _packs(found: ScaledModel) -> Table:
@@ -153,22 +161,32 @@ def _packs(found: ScaledModel) -> Table:
     )
 
 
-def _scaling_plot(results: Scaling, packed: ScaledModel | None) -> Plot:
-    panels = []
-    for label, key, unit in (("time, s", "median_s", 1.0), ("memory, GB", "peak_memory_bytes", 1e9)):
-        series = []
-        for i, found in enumerate(results["models"]):
-            rows: list[Any] = found["sizes"]
-            points = [row["n"] for row in rows], [row[key] / unit for row in rows]
-            series.append(Series(found["name"], *points, "o", f"C{i}", fitted=True))
-        panels.append(Panel("images in the group", label, series))
+def _draw_scaling(models: Sequence[ScaledModel], packed: ScaledModel | None, figure: "Figure") -> None:
+    """Time and memory of every model by group size; of one that is packed, time by the number of groups in a call."""
+    time, memory, *rest = figure.subplots(1, 3 if packed else 2)
+    for found in models:
+        sizes = [row["n"] for row in found["sizes"]]
+        _fit(time, sizes, [row["median_s"] for row in found["sizes"]], found["name"])
+        _fit(memory, sizes, [row["peak_memory_bytes"] / 1e9 for row in found["sizes"]], found["name"])
+    time.set(xlabel="images in the group", ylabel="time, s")
+    memory.set(xlabel="images in the group", ylabel="memory, GB")
     if packed:
-        rows = packed["packs"]
-        x = [row["groups"] for row in rows]
-        ways = {"packed": [row["packed_s"] for row in rows], "one by one": [row["one_by_one_s"] for row in rows]}
-        series = [Series(f"{packed['name']}, {way}", x, y, "o", fitted=True) for way, y in ways.items()]
-        panels.append(Panel(f"groups of {rows[0]['images'] // rows[0]['groups']} in a call", "time, s", series))
-    return Plot("Time and memory against the group's size", panels, (13 if packed else 9, 3.6))
+        rows, (axes,) = packed["packs"], rest
+        groups = [row["groups"] for row in rows]
+        _fit(axes, groups, [row["packed_s"] for row in rows], f"{packed['name']}, packed")
+        _fit(axes, groups, [row["one_by_one_s"] for row in rows], f"{packed['name']}, one by one")
+        axes.set(xlabel=f"groups of {rows[0]['images'] // rows[0]['groups']} in a call", ylabel="time, s")
+    for axes in (time, memory, *rest):
+        axes.set(xlim=(0, None), ylim=(0, None))
+        axes.legend(fontsize="small")
+
+
+def _fit(axes: "Axes", x: Sequence[float], y: Sequence[float], label: str) -> None:
+    """Points, and the straight line through three or more of them."""
+    (points,) = axes.plot(x, y, "o", label=label)
+    if len(x) >= 3:
+        offset, slope = line(x, y)
+        axes.plot(x, offset + slope * np.asarray(x), "-", color=points.get_color(), linewidth=1)
 
 
 def throughput(results: Throughput) -> Page:
@@ -189,8 +207,8 @@ def throughput(results: Throughput) -> Page:
             cells.append([found["name"], names[key], *rates, *(f"{took * 1e3:.0f}" for took in times), idle])
     headings = ["latency p50, ms", "p90", "p99", "queue p50, ms", "p99", "idle"]
     table = Table("Groups in a stream", ["model", "stream", "groups/s", "images/s", *headings], cells, texts=2)
-    callers = f"{results['callers']} callers, groups of {spread}, {results['groups']} in a stream."
-    return Page(f"{about(results)} {callers}", [table, *_end(results)])
+    callers = f" {results['callers']} callers, groups of {spread}, {results['groups']} in a stream."
+    return _page(results, [table], more=callers)
 
 
 def roofline(results: Roofline) -> Page:
@@ -210,7 +228,7 @@ def roofline(results: Roofline) -> Page:
     if results["nodes"]:
         parts.append(_nodes(results))
     parts.append(_levels(results["levels"], results["n"]))
-    return Page(about(results), [*parts, *_end(results)], _roofline_plot(results))
+    return _page(results, parts, Plot("Roofline", (7, 4.2), partial(_draw_roofline, results)))
 
 
 def _nodes(results: Roofline) -> Table:
@@ -234,25 +252,32 @@ def _nodes(results: Roofline) -> Table:
 def _levels(levels: dict[str, dict[str, int]], n: int) -> Table:
     names = [*next(iter(levels.values()))]
     everything = {name: sum(flop[name] for flop in levels.values()) for name in names}
-    rows: Iterable[tuple[str, dict[str, int]]] = (*levels.items(), ("all", everything))
-    cells = [[part, *(f"{flop[name] / 1e9:.3f}" for name in names)] for part, flop in rows]
+    rows = levels | {"all": everything}
+    cells = [[part, *(f"{flop[name] / 1e9:.3f}" for name in names)] for part, flop in rows.items()]
     return Table(f"GFLOP of convolutions and products by part of the network, group of {n}", ["part", *names], cells)
 
 
-def _roofline_plot(results: Roofline) -> Plot:
+def _draw_roofline(results: Roofline, figure: "Figure") -> None:
     """Rate against intensity, a dot per node with products, its area the time; no dots if none ran."""
     peak, rate = results["matrix_product_flop_per_s"] / 1e9, results["copy_bytes_per_s"] / 1e9
     total = sum(row["seconds"] for row in results["nodes"])
     rows = [row for row in results["nodes"] if row["flop"] and row["bytes"]]
     reached = [row["flop"] / row["bytes"] for row in rows]
     x = np.geomspace(min([*reached, peak / rate / 10]) / 2, max([*reached, peak / rate * 10]) * 2, 200)
-    series = [Series("", list(x), list(np.minimum(peak, x * rate)), "-", "0.3")]
+    axes = figure.subplots()
+    axes.plot(x, np.minimum(peak, x * rate), "-", color="0.3")
     for op in sorted({row["op"] for row in rows}):
         of_op = [row for row in rows if row["op"] == op]
-        dots = [row["flop"] / row["bytes"] for row in of_op], [row["flop"] / row["seconds"] / 1e9 for row in of_op]
-        series.append(Series(op, *dots, areas=[10 + 3000 * row["seconds"] / total for row in of_op]))
-    title = f"{results['model']['name']}, group of {results['n']}; area: time"
-    return Plot("Roofline", [Panel("FLOP per byte", "GFLOP/s", series, log="xy", title=title)], (7, 4.2))
+        intensity = [row["flop"] / row["bytes"] for row in of_op]
+        speed = [row["flop"] / row["seconds"] / 1e9 for row in of_op]
+        areas = [10 + 3000 * row["seconds"] / total for row in of_op]
+        axes.scatter(intensity, speed, s=areas, alpha=0.6, label=op)
+    axes.set(xlabel="FLOP per byte", ylabel="GFLOP/s", xscale="log", yscale="log")
+    axes.set_title(f"{results['model']['name']}, group of {results['n']}; area: time", parse_math=False)
+    if rows:
+        handles: Sequence[Any] = axes.legend(fontsize="small").legend_handles
+        for handle in handles:
+            handle.set_sizes([40])
 
 
 PAGES: dict[str, Callable[[Any], Page]] = {

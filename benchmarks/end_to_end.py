@@ -1,11 +1,11 @@
-"""The whole way of a group: from JPEG files and SISM files to PNG maps, and the share of each stage."""
+"""A group from JPEG files and SISM files to PNG maps: the time of the whole, and of each stage."""
 
 import tempfile
 import time
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,21 +18,18 @@ from runtime import ICNetError, Predictor
 from runtime.pipeline import GroupPixels, Task, restores
 from runtime.preprocess import resized, restore_map, rgb_image, save_map, sism_tensor
 
+T = TypeVar("T")
 SIZE = (640, 480)  # of the photographs, pixels: the usual in COCO
 STAGES = ("decode", "resize", "SISMs", "network", "resize back", "write")
-
-
-@lru_cache(maxsize=1)
-def _photograph() -> Image.Image:
-    return Image.fromarray(picture(np.random.default_rng(0), *SIZE))
 
 
 def write_group(folder: Path, n: int) -> tuple[list[Path], list[Path]]:
     """Write n JPEG files of 640×480 and their SISMs as PNG files of the same size."""
     images, sisms = [folder / f"{i}.jpg" for i in range(n)], [folder / f"{i}_sism.png" for i in range(n)]
-    sism = _photograph().convert("L").resize((12, 9)).resize(SIZE, Image.Resampling.BICUBIC)
+    photograph = Image.fromarray(picture(np.random.default_rng(0), *SIZE))
+    sism = photograph.convert("L").resize((12, 9)).resize(SIZE, Image.Resampling.BICUBIC)
     for image, sism_path in zip(images, sisms, strict=True):
-        _photograph().save(image, quality=90)
+        photograph.save(image, quality=90)
         sism.save(sism_path)
     return images, sisms
 
@@ -48,56 +45,52 @@ def measure(label: str, predictor: Predictor, n: int, rounds: int, limit: float 
         limit: as for `timing.interleaved`.
 
     Returns:
-        Percentiles of the whole way; the median of each stage when one is done after the other, in seconds; and
+        Percentiles of the whole; the median of each stage when one is done after the other, in seconds; and
         `network_share`, the network's stage in the median of the whole.
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        images, sisms = write_group(folder, n)
-        outputs = [folder / f"{i}.png" for i in range(n)]
-        stages: dict[str, list[float]] = {stage: [] for stage in STAGES}
-        pipeline = predictor.pipeline
-        in_threads = pipeline.workers.run
+    stages: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    pipeline, in_threads = predictor.pipeline, predictor.pipeline.workers.run
 
-        def stage(name: str, work: Callable[[], Any]) -> Any:
-            start = time.perf_counter()
-            result = work()
-            stages[name].append(time.perf_counter() - start)
-            return result
+    def stage(name: str, work: Callable[[], T]) -> T:
+        start = time.perf_counter()
+        result = work()
+        stages[name].append(time.perf_counter() - start)
+        return result
 
-        def by_stages() -> None:
-            read = stage("decode", lambda: in_threads([partial(rgb_image, path) for path in images]))
-            x = stage("resize", lambda: np.stack(in_threads([partial(resized, image) for image in read])))
-            s = stage("SISMs", lambda: np.stack(in_threads([partial(sism_tensor, path) for path in sisms])))
-            pixels = GroupPixels(x, s, tuple(image.size for image in read))
-            maps = stage("network", lambda: predictor.predict_tensors(x, s))
-            large = stage("resize back", lambda: in_threads(restores(pixels, maps)))
-            stage("write", lambda: in_threads([partial(save_map, *pair) for pair in zip(large, outputs, strict=True)]))
+    def by_stages() -> None:
+        read = stage("decode", lambda: in_threads([partial(rgb_image, path) for path in images]))
+        x = stage("resize", lambda: np.stack(in_threads([partial(resized, image) for image in read])))
+        s = stage("SISMs", lambda: np.stack(in_threads([partial(sism_tensor, path) for path in sisms])))
+        pixels = GroupPixels(x, s, tuple(image.size for image in read))
+        maps = stage("network", lambda: predictor.predict_tensors(x, s))
+        large = stage("resize back", lambda: in_threads(restores(pixels, maps)))
+        stage("write", lambda: in_threads([partial(save_map, *pair) for pair in zip(large, outputs, strict=True)]))
 
-        def writes(pixels: GroupPixels, maps: NDArray[np.float32]) -> list[Callable[[], None]]:
-            """A call per image that writes its map."""
+    def write(tensor: NDArray[np.float32], size: tuple[int, int], output: Path) -> None:
+        save_map(restore_map(tensor, size), output)
 
-            def write(tensor: NDArray[np.float32], size: tuple[int, int], output: Path) -> None:
-                save_map(restore_map(tensor, size), output)
+    def writes(pixels: GroupPixels, maps: NDArray[np.float32]) -> list[Callable[[], None]]:
+        return [partial(write, *one) for one in zip(maps, pixels.sizes, outputs, strict=True)]
 
-            return [partial(write, *one) for one in zip(maps, pixels.sizes, outputs, strict=True)]
+    def whole() -> None:
+        (outcome,) = pipeline.stream([Task(pipeline.reads(images, sisms), writes)])
+        if isinstance(outcome, ICNetError):
+            raise outcome
 
-        def whole() -> None:
-            for outcome in pipeline.stream([Task(pipeline.reads(images, sisms), writes)]):
-                if isinstance(outcome, ICNetError):
-                    raise outcome
-
+    times: Times = {}
+    with tempfile.TemporaryDirectory() as folder:
+        images, sisms = write_group(Path(folder), n)
+        outputs = [Path(folder, f"{i}.png") for i in range(n)]
         warm_up(whole)
-        times: Times = {}
         for _ in interleaved({"whole": whole, "stages": by_stages}, times, rounds, limit):
             pass
     medians = {stage: float(np.median(took)) for stage, took in stages.items()}
     found = percentiles(times["whole"])
     return {
+        **found,
         "runner": label,
         "n": n,
         "image": list(SIZE),
-        **found,
         "stages_s": medians,
         "network_share": medians["network"] / found["median_s"],
     }

@@ -1,9 +1,9 @@
-"""python benchmarks/latency.py: how fast is each way to run ICNet on this machine, and how much memory does it take?
+"""`icnet bench latency`: how fast is each way to run ICNet on this machine, and how much memory does it take?
 
-All runners run interleaved in one process, in a new random order every round, on the same inputs, once they are warm;
-among them a large matrix product, for the share of the machine's best rate. Memory is the peak of a process that runs
-one runner alone; the first map is counted from the start of that process. Maps are judged as `agreement.py` says. Last,
-groups are timed from files to files (`end_to_end.py`). docs/benchmarks.md has the details.
+All runners run interleaved in one process, in a new random order every round, on the same inputs, once they are warm.
+A large matrix product runs among them, for the share of the machine's best rate. Memory is the peak of a process that
+runs one runner alone; the time of the first map is counted from the start of that process. `agreement.py` judges the
+maps. Last, groups are timed from files to files (`end_to_end.py`). docs/benchmarks.md has the details.
 """
 
 import sys
@@ -18,7 +18,7 @@ if __name__ == "__main__":  # run as a script: the same as `icnet bench latency`
 import argparse
 import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,12 +29,11 @@ import torch
 from numpy.typing import NDArray
 from rich.markup import escape
 
-from benchmarks import describe, end_to_end, gpu
+from benchmarks import end_to_end, gpu
 from benchmarks.agreement import Agreement, bounds, judged, precision_of, prepare
-from benchmarks.gpu import Gpu
+from benchmarks.command import add_common_arguments, check_models, measuring, number
 from benchmarks.machine import available_memory, header, matrix_product
-from benchmarks.records import Alone, Group, Latency, RunnerRow
-from benchmarks.render import to_terminal, wide_console
+from benchmarks.records import Alone, Gpu, Group, Latency, RunnerRow
 from benchmarks.runners import (
     GPU_RUNNERS,
     HALF_ONNX,
@@ -51,20 +50,18 @@ from benchmarks.runners import (
     load,
     reason,
 )
-from benchmarks.timing import Times, interleaved, line, percentiles, ratio, warm_up
-from evaluation.record import labels, recording
+from benchmarks.timing import Times, extrapolated, interleaved, percentiles, ratio, warm_up
+from evaluation.record import labels
 from export.icnet import ICNet
 from export.onnx_file import total_flop
 from runtime import ICNetError, InputError, ModelError, Predictor
 from runtime.files import digest
-from runtime.predictor import MAX_THREADS
-from runtime.threads import cores
 
 Maps = NDArray[np.float32]
 
 SIZES = {"cpu": [1, 2, 5, 10, 20], "cuda": [1, 5, 16, 64]}
 ROUNDS = {"cpu": 7, "cuda": 30}
-MIN_WARM_UPS = {"cpu": 2, "cuda": 6}  # a slot captures its CUDA graph when a size comes a second time, of two slots
+MIN_WARM_UPS = {"cpu": 2, "cuda": 6}  # each of two slots captures its CUDA graph at the second call of a size
 PRODUCT = "matrix product"
 # The runners that are also timed from files to files, and the file that each of them runs.
 FILES = {"ours, ONNX Runtime": OURS_ONNX, "ours, TensorRT FP16": Path(HALF_ONNX).with_suffix(".engine").name}
@@ -81,50 +78,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="model files to compare; with --checkpoint also against all that is installed here "
         "(which is what is compared if none is given), and then their maps are judged",
     )
-    add("--device", choices=SIZES, default="cpu", help="where to run (default cpu)")
     add("--checkpoint", type=Path, help="default: random weights of width 1 (the time is the same)")
     add("--only", nargs="+", metavar="TEXT", help="only runners whose name holds one of these, e.g. ours OpenVINO")
-    add("--sizes", type=int, nargs="+", help="group sizes (default 1 2 5 10 20; on a GPU 1 5 16 64)")
-    add("--rounds", type=int, help="timed calls per runner and size (default 7; on a GPU 30)")
+    add("--sizes", type=number(), nargs="+", help="group sizes (default 1 2 5 10 20; on a GPU 1 5 16 64)")
+    add("--rounds", type=number(), help="timed calls per runner and size (default 7; on a GPU 30)")
     add("--seconds", type=float, help="per size; once they have passed and there are 3 rounds, no further one begins")
-    add("-t", "--threads", type=int, default=cores(), help="CPU threads (default: all)")
     sizes: dict[str, Any] = {"type": int, "nargs": "+", "metavar": "SIZE"}
     add("--memory", **sizes, help="sizes whose memory is measured, in a process per runner (default: all; 0: none)")
     add("--files", **sizes, help="sizes that are timed from JPEG files to PNG maps (default: all; 0: none)")
-    add("-o", "--output", type=Path, help="write the results as JSON (on a GPU: benchmarks/results/gpu_NAME.json)")
+    add_common_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare the runners, print tables and write the results; an interrupted comparison leaves what it has measured.
 
+    On a GPU the results go to benchmarks/results/gpu_NAME.json unless --output says otherwise.
+
     Returns:
         0, or 130 if it was interrupted.
 
     Raises:
-        InputError: an option out of range, or a model file that is not there.
+        InputError: a model file is missing, or --only names no runner.
         DependencyError: there is no GPU to run on.
         CheckpointError: the checkpoint can't be loaded.
         ModelError: the runner that all others are compared with does not run.
         OutputError: the results can't be written.
     """
-    sizes, rounds = args.sizes or SIZES[args.device], ROUNDS[args.device] if args.rounds is None else args.rounds
-    if min(sizes) < 1 or rounds < 1 or not 1 <= args.threads <= MAX_THREADS:
-        raise InputError(f"--sizes, --rounds and --threads take numbers from 1 (--threads to {MAX_THREADS})")
-    for model in args.models:
-        if not model.is_file():
-            raise InputError(f"{model}: no such model file")
+    check_models(args.models)
+    sizes, rounds = args.sizes or SIZES[args.device], args.rounds or ROUNDS[args.device]
     card = gpu.find() if args.device == "cuda" else None
-    output = args.output or (Path(f"benchmarks/results/gpu_{card.slug}.json") if card else None)
+    output = args.output or (Path(f"benchmarks/results/gpu_{gpu.slug(card['gpu'])}.json") if card else None)
     comparison = Comparison(args.models, args.checkpoint, sizes, rounds, args.threads, card, args.only, args.seconds)
     return 130 if comparison.run(args.memory, args.files, output)["interrupted"] else 0
 
 
 @dataclass
 class Comparison:
-    """A comparison, on the CPU or on `card`; its attributes are the options of `add_arguments`.
+    """A comparison, on the CPU or on the GPU `card`; its attributes are the options of `add_arguments`.
 
-    If there are models, other runners take part only if there is a checkpoint too. Without a checkpoint and models, the
-    network has random weights and width 1.
+    Model files are compared with each other, and with a checkpoint also with all other runners. Without either, the
+    other runners have random weights of width 1.
     """
 
     models: Sequence[Path]
@@ -153,7 +146,6 @@ class Comparison:
         Raises:
             what `run` of this module does.
         """
-        console = wide_console()
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         memory, files = ([n for n in self.sizes if chosen is None or n in chosen] for chosen in (memory, files))
         runners = self._runners()
@@ -169,19 +161,23 @@ class Comparison:
         read = (self.checkpoint, *self.models)
         with (
             tempfile.TemporaryDirectory() as folder,
-            recording(results, output, inputs=read, keep=lambda: results["groups"], console=console) as progress,
+            measuring(results, output, inputs=read, keep=lambda: results["groups"]) as progress,
         ):
             steps = len(runners) * (1 + len(memory)) + len(self.sizes) * self.rounds
             bar = progress.add_task("exporting", total=steps)
             self._step = lambda text=None: progress.update(
                 bar, advance=0 if text else 1, description=text and escape(text)
             )
-            setting = Setting(Path(folder), self.threads, self.sizes, self.card.device if self.card else "cpu")
+            setting = Setting(Path(folder), self.threads, self.sizes, self._device)
             self._compare(setting, runners, memory)
             torch.cuda.empty_cache()
             self._time_files(setting, runners, files)
-        to_terminal(describe.latency(results), console)
         return results
+
+    @property
+    def _device(self) -> str:
+        """PyTorch's name for the device that the runners run on."""
+        return gpu.DEVICE if self.card else "cpu"
 
     def _files(self) -> dict[str, Path]:
         return dict(zip(labels(self.models), self.models, strict=True))
@@ -209,7 +205,7 @@ class Comparison:
                 self._step(f"starting {label}")
                 try:
                     self._loaded[label] = _Loaded(stack.enter_context(runner.start(setting)), runner.precision)
-                except Exception as error:  # there is no end of what can be missing
+                except Exception as error:  # each engine raises classes of its own
                     not_run[label] = reason(error)
                 self._step()
             if (first := self.results["first"]) not in self._loaded:
@@ -221,8 +217,8 @@ class Comparison:
                 self._judge(network)
             graph = folder / OURS_ONNX if network else next((p for p in self.models if p.suffix == ".onnx"), None)
             for n in self.sizes:
-                alone = {k: self._alone(k, setting, n) for k in self._loaded} if n in memory else {}
-                self._compare_group(n, _flop(graph, n), alone)
+                died = {label for label in self._loaded if n in memory and not self._alone(label, setting, n)}
+                self._compare_group(n, _flop(graph, n), died)
                 torch.cuda.empty_cache()  # so that any runner can have this memory at the next size
             self._loaded.clear()
 
@@ -231,7 +227,7 @@ class Comparison:
         self._step("measuring the noise floor")
         groups = judged(max(self.sizes))
         for loaded in self._loaded.values():
-            if self.card and loaded.precision == "fp32":  # may be TF32, which keeps as many bits as FP16 does
+            if self.card and loaded.precision == "fp32":  # may be TF32, which has as many bits as FP16
                 loaded.precision = "fp16"
         self.results["bounds"] = bounds(network, sorted({x.precision for x in self._loaded.values()}), groups)
         for loaded in self._loaded.values():
@@ -243,37 +239,34 @@ class Comparison:
             for label, loaded in self._loaded.items():
                 try:
                     maps[label] = loaded.run(*group)
-                except Exception as error:  # a file that takes other sizes only: those of the comparison must do
+                except Exception as error:  # a file that does not take this size: the sizes of the comparison remain
                     self.results["not_run"][f"{label}, group of {n}, to compare"] = reason(error)
             expected = self._reference(*group) if self._reference else maps.get(self.results["first"])
             if expected is not None:
                 for label, found in maps.items():
                     self._loaded[label].agreement.add(np.abs(found - expected))
 
-    def _alone(self, label: str, setting: Setting, n: int) -> Alone | ICNetError:
-        """What a process takes that runs one runner alone, or why it did not run."""
+    def _alone(self, label: str, setting: Setting, n: int) -> bool:
+        """Note time and memory of a process that runs one runner alone; False if it died."""
         self._step(f"memory, group of {n}, {label}")
         paths = {k: path.absolute() for k, path in self._files().items()}
         paths |= {f"{k}, TensorRT": engine_of(setting.folder, str(path)) for k, path in paths.items() if self.card}
         try:
-            found = alone(str(paths.get(label, label)), setting, n)
-            self._loaded[label].peaks[n] = found["peak_memory_bytes"]
+            self._loaded[label].alone[n] = alone(str(paths.get(label, label)), setting, n)
         except ICNetError as error:
             self.results["not_run"][f"{label}, alone, group of {n}"] = str(error)
-            return error
+            return not isinstance(error, Died)
         finally:
             self._step()
-        return found
+        return True
 
-    def _compare_group(self, n: int, flop: int | None, alone: Mapping[str, Alone | ICNetError]) -> None:
-        """The comparison for one size; what was measured `alone` goes into the rows."""
-        kind, not_run = "cuda" if self.card else "cpu", self.results["not_run"]
+    def _compare_group(self, n: int, flop: int | None, failed: set[str]) -> None:
+        """The comparison for one size, without the runners that have `failed`."""
         tensors, maps = inputs(n), dict[str, Maps]()
-        failed = {label for label, found in alone.items() if isinstance(found, Died)}
 
         def fail(label: str, why: str) -> None:
             failed.add(label)
-            not_run[f"{label}, group of {n}"] = why
+            self.results["not_run"][f"{label}, group of {n}"] = why
 
         def call(label: str) -> None:
             if label in failed:
@@ -283,20 +276,21 @@ class Comparison:
             except Exception as error:  # out of memory, above all
                 fail(label, reason(error))
 
-        most = 0.0  # bytes that any of the runners before this one takes again in every round
+        most = 0.0  # bytes that the largest of the runners so far allocates again in every round
         for label in [label for label in self._loaded if label not in failed]:
-            free, need = available_memory(), self._loaded[label].need(n)
+            peaks = {size: found["peak_memory_bytes"] for size, found in self._loaded[label].alone.items()}
+            free, need = available_memory(), extrapolated(peaks, n)
             if free is not None and need + most > free:
                 others = f"and others {most / 1e9:.1f} GB, of the {free / 1e9:.1f} GB free"
                 fail(label, f"would take {need / 1e9:.1f} GB, {others}")
                 continue
             most = max(most, need)
             self._step(f"group of {n}, warming up {label}")
-            warm_up(partial(call, label), MIN_WARM_UPS[kind])
+            warm_up(partial(call, label), MIN_WARM_UPS["cuda" if self.card else "cpu"])
             if label not in failed and not np.isfinite(maps[label]).all():
                 fail(label, "its maps hold NaN or infinite values")
         self._step(f"group of {n}")
-        work = matrix_product(self.card.device if self.card else "cpu", self.threads)
+        work = matrix_product(self._device, self.threads)
         work.run()
         calls: dict[str, Callable[[], object]] = {k: partial(call, k) for k in self._loaded if k not in failed}
         times: Times = {}
@@ -315,31 +309,30 @@ class Comparison:
                 }
                 self.results["groups"].append(group)
                 expected = self._reference(*tensors) if self._reference else maps.get(self.results["first"])
-                ran = {label: took for label, took in times.items() if label not in failed}
-                for label in (label for label in calls if label in ran):
-                    group["runners"][label] = self._row(label, group, ran, maps, expected, alone.get(label))
+                ran = {label: times[label] for label in calls if label not in failed}
+                for label in ran:
+                    group["runners"][label] = self._row(label, group, ran, maps, expected)
 
-    def _row(
-        self, label: str, group: Group, ran: Times, maps: dict[str, Maps], expected: Maps | None, alone: object
-    ) -> RunnerRow:
-        """One runner at one size: its times, agreement with what is `expected`, and what it took `alone`."""
-        found, first, difference = percentiles(ran[label]), self.results["first"], None
+    def _row(self, label: str, group: Group, ran: Times, maps: dict[str, Maps], expected: Maps | None) -> RunnerRow:
+        """One runner at one size: its times, agreement with the maps that are `expected`, and its memory."""
+        found, first, loaded = percentiles(ran[label]), self.results["first"], self._loaded[label]
         rate = group["flop"] and group["flop"] / found["median_s"] / group["matrix_product_flop_per_s"]
-        if expected is not None:
-            difference = np.abs(maps[label] - expected)
         row: dict[str, Any] = {
             **found,
             "images_per_s": group["n"] / found["median_s"],
             "share_of_matrix_product": rate,
-            "mean_difference": float(np.abs(maps[label] - maps[first]).mean()) if first in ran else None,
-            "agrees": None if difference is None else self._loaded[label].agreement.add(difference),
+            "mean_difference": None,
+            "agrees": None,
         }
         if first in ran:
+            row["mean_difference"] = float(np.abs(maps[label] - maps[first]).mean())
             row |= ratio(ran[first], ran[label])
-        if self._reference and difference is not None:
-            row["mean_difference_from_cpu"] = float(difference.mean())
-        if isinstance(alone, dict):
-            row |= {key: value for key, value in alone.items() if key != "times_s"}
+        if expected is not None:
+            difference = np.abs(maps[label] - expected)
+            row["agrees"] = loaded.agreement.add(difference)
+            if self._reference:
+                row["mean_difference_from_cpu"] = float(difference.mean())
+        row |= {key: value for key, value in loaded.alone.get(group["n"], {}).items() if key != "times_s"}
         return cast(RunnerRow, row)
 
     def _time_files(self, setting: Setting, runners: dict[str, Runner], sizes: Sequence[int]) -> None:
@@ -360,24 +353,17 @@ class Comparison:
 
 @dataclass
 class _Loaded:
-    """A runner that is loaded, and what is known of it; `peaks` are bytes of a process of its own, by group size."""
+    """A runner that is loaded; `alone` is time and memory of a process of its own, by group size."""
 
     run: Run
     precision: str
-    agreement: Agreement = field(default_factory=lambda: Agreement(None))
-    peaks: dict[int, int] = field(default_factory=dict)
-
-    def need(self, n: int) -> float:
-        """Bytes that it takes at most for a group of n, as far as other sizes tell; 0 if they don't."""
-        if n in self.peaks or len(self.peaks) < 2:
-            return self.peaks.get(n, 0)
-        offset, slope = line([*self.peaks], [*self.peaks.values()])
-        return offset + slope * n
+    agreement: Agreement = field(default_factory=Agreement)
+    alone: dict[int, Alone] = field(default_factory=dict)
 
 
 def _flop(graph: Path | None, n: int) -> int | None:
-    """What a group of n costs; None if there is no file that says so."""
+    """FLOP of a group of n; None if there is no file to count them in."""
     try:
         return total_flop(graph, n) if graph else None
-    except ModelError:  # a file of another maker, or none at all
+    except ModelError:  # not a file of ours
         return None

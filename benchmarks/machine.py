@@ -1,4 +1,4 @@
-"""What results were measured on and with, and the rates that this machine reaches at best."""
+"""The machine that results are measured on: its description, its best rates, and its memory."""
 
 import datetime
 import os
@@ -8,12 +8,10 @@ import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 
-from benchmarks.gpu import Gpu
-from benchmarks.records import SCHEMA, Kind, Machine, Record
+from benchmarks.records import SCHEMA, Gpu, Kind, Machine, Record
 from evaluation.record import versions
 
 PACKAGES = (
@@ -25,34 +23,33 @@ COPIED = {"cpu": 1 << 28, "cuda": 1 << 31}  # bytes: far beyond any cache
 
 
 def header(kind: Kind, threads: int, card: Gpu | None = None) -> Record:
-    """What every record begins with: the machine, the date, and the versions of what is installed."""
+    """The head of every record: the machine, the date, and the versions of the installed packages."""
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         model = lines[0].partition(":")[2].strip() if lines else model
     machine: Machine = {
+        **(card or {}),
         "cpu": model,
         "cores": os.cpu_count(),
         "threads": threads,
         "date": datetime.date.today().isoformat(),
         "versions": versions(PACKAGES),
     }
-    if card:
-        machine.update(cast(Any, card.description()))
     return {"schema": SCHEMA, "kind": kind, "machine": machine, "interrupted": False}
 
 
 @dataclass(frozen=True)
 class Work:
-    """Something to time: what one call of `run` does, in FLOP or bytes."""
+    """Something to time; `amount` is the FLOP or bytes of one call of `run`."""
 
     amount: int
     run: Callable[[], None]
 
 
 def matrix_product(device: str, threads: int) -> Work:
-    """One large matrix product, in FLOP: FP16 on a GPU; FP32 on so many CPU threads, by the faster of two libraries.
+    """One large matrix product, in FLOP: FP16 on a GPU; FP32 on the CPU, by the faster of two libraries.
 
     PyTorch's library does not use AVX-512 on every CPU that has it; ONNX Runtime's does.
     """
@@ -117,7 +114,7 @@ def copy(device: str, threads: int) -> Work:
 
 
 def peak_memory() -> int:
-    """The most memory that this process had resident so far, in bytes."""
+    """The peak of this process's resident memory so far, in bytes."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux: getrusage there starts from what the parent process had
         return _kilobytes(status, "VmHWM") or 0
@@ -128,7 +125,7 @@ def peak_memory() -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes that a new process could take; None where the system does not say."""
+    """The memory available to a new process in bytes; None where the system does not say."""
     meminfo = Path("/proc/meminfo")
     return _kilobytes(meminfo, "MemAvailable") if meminfo.exists() else None
 

@@ -1,4 +1,4 @@
-"""What the JSON files of the benchmarks hold. Times are in seconds, memory in bytes; `_s` and `_bytes` say so."""
+"""The records in the JSON files of the benchmarks. Names in `_s` are times in seconds, names in `_bytes` are bytes."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any, Literal, NotRequired, TypedDict, get_args
 
 from runtime import InputError
 
-SCHEMA = 1  # raised when a change makes older files unreadable
+SCHEMA = 1  # goes up when a change makes older files unreadable
 
 Kind = Literal["latency", "throughput", "scaling", "roofline"]
 
@@ -23,7 +23,7 @@ class Gpu(TypedDict, total=False):
 
 
 class Machine(Gpu):
-    """What was measured on and with."""
+    """The hardware and software of a measurement."""
 
     cpu: str
     cores: int | None
@@ -33,7 +33,7 @@ class Machine(Gpu):
 
 
 class Record(TypedDict):
-    """What every file has."""
+    """The head of every file."""
 
     schema: int
     kind: Kind
@@ -50,7 +50,7 @@ class Percentiles(TypedDict):
 
 
 class Ratio(TypedDict):
-    """How many times as fast, with the 95 % interval."""
+    """How many times as fast, with its 95 % interval."""
 
     ratio: float
     ratio_low: float
@@ -58,7 +58,7 @@ class Ratio(TypedDict):
 
 
 class Alone(TypedDict):
-    """A process that runs one runner and nothing else."""
+    """Time and memory of a process that runs one runner and nothing else."""
 
     first_map_s: float
     times_s: list[float]
@@ -66,25 +66,23 @@ class Alone(TypedDict):
     peak_gpu_memory_bytes: NotRequired[int]
 
 
-class OptionalRunnerRow(TypedDict, total=False):
-    """The ratio is missing if the first runner failed, what a process takes alone if that was not measured."""
+class RunnerRow(Percentiles):
+    """One runner at one size; the differences are means of |Δ| of the maps.
 
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-    mean_difference_from_cpu: float
-    first_map_s: float
-    peak_memory_bytes: int
-    peak_gpu_memory_bytes: int
-
-
-class RunnerRow(Percentiles, OptionalRunnerRow):
-    """One runner at one size; the differences are means of |Δ| of the maps."""
+    The ratio is missing if the first runner failed, what a process takes alone if that was not measured.
+    """
 
     images_per_s: float
     share_of_matrix_product: float | None
     mean_difference: float | None
     agrees: bool | None
+    ratio: NotRequired[float]
+    ratio_low: NotRequired[float]
+    ratio_high: NotRequired[float]
+    mean_difference_from_cpu: NotRequired[float]
+    first_map_s: NotRequired[float]
+    peak_memory_bytes: NotRequired[int]
+    peak_gpu_memory_bytes: NotRequired[int]
 
 
 class Group(TypedDict):
@@ -164,28 +162,19 @@ class Scaling(Record):
     models: list[ScaledModel]
 
 
-class QueueTimes(TypedDict):
-    """From a group's arrival to a thread, in seconds."""
-
-    median: float
-    p99: float
-
-
-class LatencyTimes(QueueTimes):
-    """From a group's arrival to its maps, in seconds."""
-
-    p90: float
-
-
 class StreamRow(TypedDict):
-    """One stream of groups; the idle share is None where nvidia-smi does not say."""
+    """One stream of groups; the idle share is None where nvidia-smi does not say.
+
+    Latency is counted from a group's arrival to its maps, queue time to the thread that takes it: "median", "p99" and,
+    of the latency, "p90".
+    """
 
     groups: int
     images: int
     groups_per_s: float
     images_per_s: float
-    latency_s: LatencyTimes
-    queue_s: QueueTimes
+    latency_s: dict[str, float]
+    queue_s: dict[str, float]
     idle_share: float | None
 
 
@@ -224,47 +213,34 @@ class NamedFile(TypedDict):
     sha256: str
 
 
-class Totals(TypedDict):
-    """Of a model: FLOP, bytes if every node reads and writes memory, and bytes of its weights."""
+class Roofline(Record):
+    """`icnet bench roofline`, of a model that was run or of a card.
 
+    Attributes:
+        bytes: that are moved if every node reads and writes memory.
+        bound_s: the time that the rates allow; `bound_by_node_s` if every node reads and writes memory.
+        levels: FLOP of every part of the network, by model.
+    """
+
+    model: NamedFile
+    n: int
     flop: int
     bytes: int
     weight_bytes: int
-
-
-class Bounds(TypedDict):
-    """The rates, and the times that they allow."""
-
+    levels: dict[str, dict[str, int]]
     matrix_product_flop_per_s: float
     copy_bytes_per_s: float
     bound_s: float
     bound_by_node_s: float
-
-
-class Timed(Bounds):
-    """What was found by running the model."""
-
-    interrupted: bool
-    median_s: float
-    share_of_bound: float
     nodes: list[NodeRow]
-
-
-class Roofline(Record, Totals, Bounds):
-    """`icnet bench roofline`: `levels` holds the FLOP of every part of the network, by model."""
-
-    model: NamedFile
-    n: int
-    levels: dict[str, dict[str, int]]
-    nodes: list[NodeRow]
-    card: NotRequired[str]  # these two of a card, or else the next two of a model that was run
+    card: NotRequired[str]  # these two of a card, or else the next two
     precision: NotRequired[str]
     median_s: NotRequired[float]
     share_of_bound: NotRequired[float]
 
 
 def load(path: Path) -> Any:
-    """The record in a file; its "kind" says which of the four it is.
+    """The record in a file; its "kind" says which one it is.
 
     Raises:
         InputError: it can't be read, or is not such a record.

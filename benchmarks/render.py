@@ -1,22 +1,24 @@
-"""What is to be shown of results, and its renderers: for a terminal, as Markdown, and as a plot."""
+"""A page of results, and its renderers: for a terminal, as Markdown, and its plot as a PNG file."""
 
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
 
-from benchmarks.timing import line
 from runtime.files import write_picture
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 NOTHING = "–"
-WHY = 160  # characters of why something did not run
-# What C++ libraries put before the reason: where in their source it was found.
+MAX_REASON = 160  # characters of why something did not run
+# C++ libraries put the place in their source before the reason.
 WHERE = re.compile(
     r"Exception from \S+:\d+:\s*|Check '[^']*' failed at \S+:\d+:\s*|Details:\s*|\[ONNXRuntimeError\][ :]*"
 )
@@ -44,46 +46,17 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Series:
-    """Points of a plot, with a label for the legend if it is not empty; style and colour are Matplotlib's.
-
-    If `fitted`, the straight line through three or more points is drawn. With `areas`, the points differ in size.
-    """
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
-    style: str = "o-"
-    colour: str | None = None
-    fitted: bool = False
-    areas: Sequence[float] | None = None
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One pair of axes; `log` names the logarithmic ones, `ticks` are those of x, `beside` puts the legend outside."""
-
-    x: str
-    y: str
-    series: Sequence[Series]
-    log: str = ""
-    ticks: Sequence[int] = ()
-    title: str = ""
-    beside: bool = False
-
-
-@dataclass(frozen=True)
 class Plot:
-    """Panels side by side, with what is said of them where they can't be seen; width and height in inches."""
+    """A plot: its text for those who can't see it, width and height in inches, and the function that draws it."""
 
     alt: str
-    panels: Sequence[Panel]
     size: tuple[float, float]
+    draw: Callable[["Figure"], None]
 
 
 @dataclass(frozen=True)
 class Page:
-    """All that is shown of one file of results: a line about it, then tables, lines and at most one plot."""
+    """What is shown of one file of results: a line about it, then tables, lines and at most one plot."""
 
     about: str
     parts: Sequence[Table | str]
@@ -91,15 +64,15 @@ class Page:
 
 
 def brief(why: str) -> str:
-    """Why something did not run, in one short line without a C++ library's trace."""
+    """The reason why something did not run, in one short line without a C++ library's trace."""
     text = WHERE.sub("", why)
     if text != why and "name: " in text:  # OpenVINO names the node before it says what is wrong with it
         text = re.sub(r"\s*name: \S+", ":", text)
-    return textwrap.shorten(text.removesuffix("Exception …").strip(), WHY, placeholder=" …")
+    return textwrap.shorten(text.removesuffix("Exception …").strip(), MAX_REASON, placeholder=" …")
 
 
 def wide_console() -> Console:
-    """Where tables go; wide enough for them if it is no terminal."""
+    """Standard output; wide enough for the tables if it is no terminal."""
     console = Console()
     if not console.is_terminal:
         console.width = 140
@@ -156,30 +129,5 @@ def to_png(plot: Plot, path: Path, metadata: dict[str, str] | None = None) -> No
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=plot.size, layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(plot.panels), squeeze=False)[0], plot.panels, strict=True):
-        for series in panel.series:
-            x, y, label = np.asarray(series.x), np.asarray(series.y), series.label or "_"
-            if series.areas is not None:
-                axes.scatter(x, y, s=series.areas, alpha=0.6, label=label)
-                continue
-            (points,) = axes.plot(x, y, series.style, color=series.colour, label=label)
-            if series.fitted and len(x) >= 3:
-                offset, slope = line(series.x, series.y)
-                axes.plot(x, offset + slope * x, "-", color=points.get_color(), linewidth=1)
-        axes.set(xlabel=panel.x, ylabel=panel.y)
-        axes.set_title(panel.title, parse_math=False)
-        axes.set(xscale="log" if "x" in panel.log else "linear", yscale="log" if "y" in panel.log else "linear")
-        if "y" not in panel.log:
-            axes.set(ylim=(0, None))
-        if "x" not in panel.log:
-            axes.set(xlim=(0, None))
-        if panel.ticks:
-            axes.set_xticks(panel.ticks, [str(tick) for tick in panel.ticks])
-            axes.minorticks_off()
-        if any(series.label for series in panel.series):
-            where = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if panel.beside else {"fontsize": "small"}
-            legend = axes.legend(**where)
-            for handle, series in zip(legend.legend_handles, filter(lambda s: s.label, panel.series), strict=True):
-                if series.areas is not None:
-                    handle.set_sizes([40])
+    plot.draw(figure)
     write_picture(path, figure.savefig, dpi=120, metadata=metadata)

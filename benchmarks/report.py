@@ -1,13 +1,14 @@
-"""icnet bench report: the tables and plots of the documents, made from the JSON files in `benchmarks/results/`.
+"""`icnet bench report`: the tables and plots of the documents, made from the JSON files in `benchmarks/results/`.
 
-In a page, a pair of comments holds what is made: `<!-- results: NAME -->` and `<!-- end of results -->`. NAME.json is
-what `icnet bench latency`, `scaling`, `throughput` or `roofline` wrote with --output. `<!-- results: NAME summary -->`
-asks for one small table, of latency only. A plot notes the digest of the JSON file that it was drawn from.
+They stand between a pair of comments, `<!-- results: NAME -->` and `<!-- end of results -->`. NAME.json was written by
+`icnet bench latency`, `scaling`, `throughput` or `roofline` with --output. `<!-- results: NAME summary -->` is for one
+small table, of latency only. A plot notes the digest of the JSON file that it was drawn from.
 """
 
 import argparse
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         0; 1 with --check if something differs.
 
     Raises:
-        InputError: a document, or results that it names, are not there or can't be read.
+        InputError: a document, or a file of results that it names, can't be read.
         OutputError: a file can't be written.
     """
     texts: dict[Path, str] = {}
@@ -48,8 +49,7 @@ def run(args: argparse.Namespace) -> int:
             text = document.read_text(encoding="utf-8")
         except OSError as error:
             raise InputError(f"{document}: can't be read: {error.strerror}") from error
-        stale |= stale_plots(text, args.results)
-        if (new := rendered(text, document, args.results)) != text:
+        if (new := BLOCK.sub(partial(_block, document, args.results, stale), text)) != text:
             texts[document] = new
     if args.check:
         for path in (*texts, *stale):
@@ -66,30 +66,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def rendered(text: str, document: Path, folder: Path) -> str:
-    """A document's text with every block made anew; links to plots lead from where it lies."""
+def _block(document: Path, folder: Path, stale: dict[Path, Plot], match: re.Match[str]) -> str:
+    """A block of a document made anew; notes its plot if it is missing or was drawn from other results."""
+    source, image = folder / f"{match[2]}.json", folder / f"{match[2]}.png"
+    page = _page(source, short=bool(match[3]))
+    if page.plot and _drawn_from(image) != digest(source):
+        stale[image] = page.plot
+    link = Path(os.path.relpath(image, document.parent)).as_posix()
+    return match[1] + "\n".join(to_markdown(page, link)).strip() + "\n" + match[4]
 
-    def block(match: re.Match[str]) -> str:
-        image = Path(os.path.relpath(folder, document.parent), f"{match[2]}.png").as_posix()
-        lines = to_markdown(_page(folder / f"{match[2]}.json", bool(match[3])), image)
-        return match[1] + "\n".join(lines).strip() + "\n" + match[4]
 
-    return BLOCK.sub(block, text)
-
-
-def stale_plots(text: str, folder: Path) -> dict[Path, Plot]:
-    """The plots of a document's blocks that are missing or were drawn from other results."""
-    found = {}
-    for match in BLOCK.finditer(text):
-        path, source = folder / f"{match[2]}.png", folder / f"{match[2]}.json"
-        if plot := _page(source, bool(match[3])).plot:
-            drawn_from = None
-            if path.is_file():
-                with Image.open(path) as image:
-                    drawn_from = image.info.get("Source")
-            if drawn_from != digest(source):
-                found[path] = plot
-    return found
+def _drawn_from(plot: Path) -> str | None:
+    """The digest of the results that a plot was drawn from."""
+    if not plot.is_file():
+        return None
+    with Image.open(plot) as image:
+        return image.info.get("Source")
 
 
 def _page(path: Path, short: bool) -> Page:

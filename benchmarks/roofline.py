@@ -1,13 +1,13 @@
-"""icnet bench roofline: how far is a model from what the machine could do, and which nodes cost most?
+"""`icnet bench roofline`: how far is a model from what the machine could do, and which nodes cost most?
 
 Operations and bytes come from the file (`export/onnx_file.py`), the machine's rates from a large matrix product and a
 large copy that run among the model's calls, and the time of each node from ONNX Runtime's profiler on the same file.
-The *bound* is what the roofline model (Williams, Waterman & Patterson, 2009) allows: node by node the larger of
-operations over the matrix-product rate and bytes over the copy rate, where every node reads and writes memory; and for
-the whole file, where only its inputs, weights and outputs do. An engine that needs fewer multiplications (Winograd) can
-be faster than either.
+The *bound* is what the roofline model (Williams, Waterman & Patterson, 2009) allows: the larger of operations over the
+matrix-product rate and bytes over the copy rate. It is given for the whole file, where only its inputs, weights and
+outputs are moved, and node by node, where every node reads and writes memory. An engine that needs fewer
+multiplications (Winograd) can be faster than either.
 
-With --card nothing is run: the bound for a card from NVIDIA's data sheets.
+With --card nothing is run: the rates are those of NVIDIA's data sheets.
 """
 
 import argparse
@@ -27,21 +27,19 @@ from rich.progress import Progress
 
 from benchmarks import describe
 from benchmarks.agreement import prepare
+from benchmarks.command import add_common_arguments, measuring, number
 from benchmarks.machine import copy, header, matrix_product
-from benchmarks.records import Bounds, NodeRow, Roofline, Timed, Totals
-from benchmarks.render import Page, Plot, to_png, to_terminal, wide_console
+from benchmarks.records import NodeRow, Roofline
+from benchmarks.render import Plot, to_png
 from benchmarks.runners import OURS_ONNX, REFERENCE_ONNX, inputs
 from benchmarks.timing import Times, interleaved, warm_up
-from evaluation.record import recording
 from export.onnx_file import Node, count, cpu_session, load_model
 from runtime import InputError, ModelError, Predictor
 from runtime.contract import SIZE
 from runtime.errors import one_line
 from runtime.files import digest
-from runtime.predictor import MAX_THREADS
-from runtime.threads import cores
 
-INSERTED = "layout"  # what the table calls nodes that ONNX Runtime puts in itself
+INSERTED = "layout"  # the table's name for nodes that ONNX Runtime adds
 # FLOP/s of dense matrix products (no sparsity) with FP32 as FP32, and in FP16; bytes/s. From NVIDIA's data sheets.
 CARDS = {
     "v100-sxm2": {"fp32": 15.7e12, "fp16": 125e12, "copy": 900e9},
@@ -59,79 +57,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", type=Path, nargs="?", metavar="MODEL.onnx", help="default: ours and the paper's, both exported here")
     add("--checkpoint", type=Path, help="without MODEL: what to export (default: random weights of width 1)")
-    add("--size", type=int, default=5, metavar="N", help="images in the group (default 5)")
-    add("--rounds", type=int, default=7, help="timed calls (default 7)")
-    add("-t", "--threads", type=int, default=cores(), help="CPU threads (default: all)")
+    add("--size", type=number(), default=5, metavar="N", help="images in the group (default 5)")
+    add("--rounds", type=number(), default=7, help="timed calls (default 7)")
     add("--card", choices=CARDS, help="only the bound, for this card")
     add("--precision", choices=["fp32", "fp16"], help="with --card: of its products (default: as the file says)")
-    add("-o", "--output", type=Path, help="write the results as JSON")
     add("--plot", type=Path, metavar="PNG", help="draw the roofline with every node")
+    add_common_arguments(parser, device=False)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Count, measure, print tables and write the results; of an interrupted run, what was measured until then.
+    """Count, measure, print tables and write the results; an interrupted run leaves what it has measured.
 
     Returns:
         0, or 130 if it was interrupted.
 
     Raises:
-        InputError: an option below 1, or options that don't go together.
+        InputError: options don't go together.
         CheckpointError: the checkpoint can't be loaded.
         ModelError: the file can't be counted or run.
         OutputError: the results can't be written.
     """
-    if min(args.size, args.rounds) < 1 or not 1 <= args.threads <= MAX_THREADS:
-        raise InputError(f"--size, --rounds and --threads take numbers from 1 (--threads to {MAX_THREADS})")
     if args.model and args.checkpoint:
         raise InputError("--checkpoint: a MODEL has its own weights; give one of the two")
     if args.card and args.plot:
         raise InputError("--plot: nothing is measured with --card; give one of the two")
-    console = wide_console()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    results: dict[str, Any] = {}
+    results = cast(Roofline, header("roofline", args.threads))
+    draw = {args.plot: lambda path: to_png(cast(Plot, describe.roofline(results).plot), path)} if args.plot else {}
 
-    def page() -> Page:
-        return describe.roofline(cast(Roofline, results))
+    def keep() -> bool:
+        return "median_s" in results
 
-    plots = {args.plot: lambda path: to_png(cast(Plot, page().plot), path)} if args.plot else {}
     read = args.model, args.checkpoint
     with (
         tempfile.TemporaryDirectory() as folder,
-        recording(results, args.output, inputs=read, others=plots, console=console) as progress,
+        measuring(results, args.output, inputs=read, others=draw, keep=keep) as progress,
     ):
-        results.update(_results(args, Path(folder), progress))
-    to_terminal(page(), console)
+        _fill(results, args, Path(folder), progress)
     return 130 if results["interrupted"] else 0
 
 
-def _results(args: argparse.Namespace, folder: Path, progress: Progress) -> Roofline:
+def _fill(results: Roofline, args: argparse.Namespace, folder: Path, progress: Progress) -> None:
     bar = progress.add_task("exporting" if args.model is None else "counting", total=args.rounds + 1)
-    model, reference = args.model, None
-    if model is None:
+    path = args.model or folder / OURS_ONNX
+    if not args.model:
         prepare(folder, args.checkpoint)
-        model, reference = folder / OURS_ONNX, folder / REFERENCE_ONNX
-    nodes = count(model, args.size)
-    totals, counted = _totals(model, nodes), {"ours" if reference else model.name: nodes}
-    if reference:
-        counted["paper"] = count(reference, args.size)
-    found: Bounds
-    precision = args.precision or _precision(model)
+    nodes = count(path, args.size)
+    counted = {path.name: nodes} if args.model else {"ours": nodes, "paper": count(folder / REFERENCE_ONNX, args.size)}
+    results["model"] = {"name": path.name, "sha256": digest(path)}
+    results["n"] = args.size
+    results["flop"], results["bytes"] = sum(node.flop for node in nodes), sum(node.bytes for node in nodes)
+    weights = load_model(path).graph.initializer
+    results["weight_bytes"] = sum(onnx.numpy_helper.to_array(tensor).nbytes for tensor in weights)
+    results["levels"] = levels(counted)
+    results["nodes"] = []
     if args.card:
-        rates = CARDS[args.card]
-        found = _bounds(nodes, totals, args.size, rates[precision], rates["copy"])
+        kinds = [tensor.data_type for tensor in weights]
+        half = kinds.count(onnx.TensorProto.FLOAT16) > kinds.count(onnx.TensorProto.FLOAT)
+        results["card"], results["precision"] = args.card, args.precision or ("fp16" if half else "fp32")
+        _bound(results, nodes, CARDS[args.card][results["precision"]], CARDS[args.card]["copy"])
     else:
-        timed = args.size, args.rounds, args.threads, folder
-        found = measure(model, nodes, totals, *timed, lambda: progress.advance(bar))
-    results: dict[str, Any] = {
-        **header("roofline", args.threads),
-        "model": {"name": model.name, "sha256": digest(model)},
-        "n": args.size,
-        **totals,
-        "levels": levels(counted),
-        "nodes": [],
-        **found,
-    }
-    return cast(Roofline, results | ({"card": args.card, "precision": precision} if args.card else {}))
+        measure(results, path, nodes, args.rounds, folder, lambda: progress.advance(bar))
 
 
 def bound(nodes: Sequence[Node], flop_per_s: float, bytes_per_s: float) -> float:
@@ -148,55 +134,28 @@ def levels(models: Mapping[str, Sequence[Node]]) -> dict[str, dict[str, int]]:
     return {level: flop for level, flop in found.items() if any(flop.values())}
 
 
-def _totals(path: Path, nodes: Sequence[Node]) -> Totals:
-    model = load_model(path)
-    weights = sum(onnx.numpy_helper.to_array(tensor).nbytes for tensor in model.graph.initializer)
-    flop, moved = sum(node.flop for node in nodes), sum(node.bytes for node in nodes)
-    return {"flop": flop, "bytes": moved, "weight_bytes": weights}
-
-
-def _bounds(nodes: Sequence[Node], totals: Totals, n: int, flop_per_s: float, bytes_per_s: float) -> Bounds:
-    edges = n * SIZE**2 * (3 + 1 + 4)  # bytes of inputs and outputs: RGB and SISM in bytes, map in FP32
-    least = max(totals["flop"] / flop_per_s, (totals["weight_bytes"] + edges) / bytes_per_s)
-    return {
-        "matrix_product_flop_per_s": flop_per_s,
-        "copy_bytes_per_s": bytes_per_s,
-        "bound_s": least,
-        "bound_by_node_s": bound(nodes, flop_per_s, bytes_per_s),
-    }
-
-
-def _precision(path: Path) -> str:
-    """Of a file's weights: FP16 if most are."""
-    kinds = [tensor.data_type for tensor in load_model(path).graph.initializer]
-    return "fp16" if kinds.count(onnx.TensorProto.FLOAT16) > kinds.count(onnx.TensorProto.FLOAT) else "fp32"
+def _bound(results: Roofline, nodes: Sequence[Node], flop_per_s: float, bytes_per_s: float) -> None:
+    """Note the rates, and the times that they allow."""
+    edges = results["n"] * SIZE**2 * (3 + 1 + 4)  # bytes of inputs and outputs: RGB and SISM in bytes, map in FP32
+    results["matrix_product_flop_per_s"], results["copy_bytes_per_s"] = flop_per_s, bytes_per_s
+    results["bound_s"] = max(results["flop"] / flop_per_s, (results["weight_bytes"] + edges) / bytes_per_s)
+    results["bound_by_node_s"] = bound(nodes, flop_per_s, bytes_per_s)
 
 
 def measure(
-    path: Path,
-    nodes: Sequence[Node],
-    totals: Totals,
-    n: int,
-    rounds: int,
-    threads: int,
-    folder: Path,
-    step: Callable[[], None],
-) -> Timed:
+    results: Roofline, path: Path, nodes: Sequence[Node], rounds: int, folder: Path, step: Callable[[], None]
+) -> None:
     """Time the model among matrix products and copies, then each of its nodes, on the CPU.
 
     ONNX Runtime's profile is written to `folder`; `step` is called after every round.
 
-    Returns:
-        What was measured; after Ctrl-C between the first round and the end, without the nodes, and it says so.
-
     Raises:
         ModelError: the file does not run.
+        KeyboardInterrupt: after Ctrl-C; the results of all whole rounds are there.
     """
-    tensors = inputs(n)
+    tensors, threads = inputs(results["n"]), results["machine"]["threads"]
     works = {"matrix product": matrix_product("cpu", threads), "copy": copy("cpu", threads)}
     times: Times = {}
-    kernels: dict[tuple[str, str], float] = {}
-    interrupted = False
     with Predictor(path, threads=threads) as predictor:
         calls: dict[str, Callable[[], object]] = {name: work.run for name, work in works.items()}
         calls["model"] = partial(predictor.predict_tensors, *tensors)
@@ -205,21 +164,13 @@ def measure(
         try:
             for _ in interleaved(calls, times, rounds):
                 step()
-            kernels = profile(path, tensors, rounds, threads, folder)
-        except KeyboardInterrupt:
-            if not times:
-                raise
-            interrupted = True
-    median = float(np.median(times["model"]))
-    rates = {name: work.amount / min(times[name]) for name, work in works.items()}  # the best: they are limits
-    found = _bounds(nodes, totals, n, rates["matrix product"], rates["copy"])
-    return {
-        **found,
-        "interrupted": interrupted,
-        "median_s": median,
-        "share_of_bound": found["bound_s"] / median,
-        "nodes": _costs(path, nodes, kernels),
-    }
+        finally:
+            if times:
+                rates = {name: work.amount / min(times[name]) for name, work in works.items()}  # best: they are limits
+                _bound(results, nodes, rates["matrix product"], rates["copy"])
+                results["median_s"] = float(np.median(times["model"]))
+                results["share_of_bound"] = results["bound_s"] / results["median_s"]
+    results["nodes"] = _costs(path, nodes, profile(path, tensors, rounds, threads, folder))
 
 
 def profile(
@@ -260,11 +211,9 @@ def _costs(path: Path, nodes: Sequence[Node], kernels: dict[tuple[str, str], flo
         found = by_name.get(name)
         if found is None:
             producer = producers.get(name.removesuffix("_nchwc"))
-            while (
-                producer is not None and not op.endswith(producer.op_type) and producer.input
-            ):  # Conv, Add, Relu → Conv
+            while producer and not op.endswith(producer.op_type) and producer.input:  # Conv, Add, Relu → Conv
                 producer = producers.get(producer.input[0])
-            found = by_name.get(producer.name) if producer is not None else None
+            found = by_name.get(producer.name) if producer else None
         module, flop, moved = (found.module, found.flop, found.bytes) if found else (INSERTED, 0, 0)
         rows.append({"module": module, "op": op, "seconds": took, "flop": flop, "bytes": moved})
     return sorted(rows, key=lambda row: -row["seconds"])

@@ -1,7 +1,7 @@
 """The ways to run ICNet that are compared against each other, each a function from tensors to maps.
 
-As a program (`python -m benchmarks.runners TASK`, where TASK is JSON) it runs one of them in a process that loads
-nothing else, and prints what that took as JSON: see `alone`.
+As a program (`python -m benchmarks.runners TASK`, where TASK is JSON), it runs one of them in a process that loads
+nothing else, and prints its times and memory as JSON; see `alone`.
 """
 
 import json
@@ -38,7 +38,7 @@ PACKED_ONNX = "icnet.fp16.packed.onnx"
 HALF_NETWORK = "icnet.fp16.pt"
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 
-REASON = 400  # characters of why a runner does not run
+MAX_REASON = 400  # characters of why a runner does not run
 
 Run = Callable[[NDArray[np.uint8], NDArray[np.uint8]], NDArray[np.float32]]
 
@@ -48,12 +48,12 @@ class Setting:
     """What the runners of a comparison are started with.
 
     Attributes:
-        folder: holds the files above, except for model files that were given; engines are built into it.
+        folder: holds the files above; engines are built into it.
         threads: CPU threads.
         sizes: the group sizes of the comparison.
         device: where PyTorch runs, "cpu" or "cuda".
-        chunk: images at once of model files that were given; larger groups are run in chunks, by the two files of a
-            bank export beside them. None: at once, whatever the size.
+        chunk: images at once; larger groups are run in chunks, by the two files of a bank export beside the model.
+            None: at once, whatever the size.
     """
 
     folder: Path
@@ -64,10 +64,7 @@ class Setting:
 
 
 class Died(ModelError):
-    """A process that ended without a result; what it ran could end any other process, too."""
-
-
-Start = Callable[[Setting], AbstractContextManager[Run]]
+    """A process ended without a result; its runner could end this process too."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +76,14 @@ class Runner:
         precision: "fp32", "fp16", "int8" or "winograd", by which its maps are judged.
     """
 
-    start: Start
+    start: Callable[[Setting], AbstractContextManager[Run]]
     precision: str = "fp32"
 
 
 def picture(rng: np.random.Generator, width: int, height: int, steepness: float = 1) -> NDArray[np.uint8]:
     """Noise with a photograph's spectrum (1/f) or a steeper one, uint8 [height, width, 3].
 
-    White noise would do for times, but INT8 files are not calibrated for it, and it does not decode like images.
+    White noise would do for times, but INT8 files are not calibrated for it, and JPEG files of it decode more slowly.
     """
     y, x = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :]
     spectrum = np.fft.rfft2(rng.standard_normal((height, width, 3)), axes=(0, 1))
@@ -122,7 +119,7 @@ def _torch(setting: Setting, reference: bool, compiled: bool = False) -> Iterato
 
 @contextmanager
 def _torch_on_gpu(setting: Setting, reference: bool, half: bool, compiled: bool = False) -> Iterator[Run]:
-    """PyTorch on the GPU, with the work that a Predictor does: bytes in from the host, copies of the maps out."""
+    """PyTorch on the GPU, with the copies that a Predictor makes: bytes in from the host, maps out to it."""
     import torch
 
     device = torch.device(setting.device)
@@ -154,26 +151,19 @@ def _module(folder: Path, reference: bool, half: bool, compiled: bool) -> Any:
     """The paper's network or ours, behind the file contract."""
     import torch
 
-    if compiled:
-        compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-        if shutil.which(compiler) is None:
-            raise DependencyError(f"torch.compile needs a C++ compiler, and there is no {compiler}")
-        return torch.compile(_module(folder, reference, half, compiled=False), dynamic=True)
-
     from export.checkpoint import load_checkpoint
     from export.icnet import Uint8Interface
     from export.reference import ReferenceICNet
 
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if compiled and shutil.which(compiler) is None:
+        raise DependencyError(f"torch.compile needs a C++ compiler, and there is no {compiler}")
     if half and not reference:
-        return Uint8Interface(torch.load(folder / HALF_NETWORK, weights_only=False)).eval()  # a file of this comparison
-    network = load_checkpoint(folder / CHECKPOINT)
-    return Uint8Interface(ReferenceICNet.of(network) if reference else network).eval()
-
-
-@contextmanager
-def _onnxruntime(setting: Setting, name: str, provider: str = CPU) -> Iterator[Run]:
-    with Predictor(setting.folder / name, threads=setting.threads, providers=[provider]) as predictor:
-        yield predictor.predict_tensors
+        network = torch.load(folder / HALF_NETWORK, weights_only=False)  # a file of this comparison
+    else:
+        network = load_checkpoint(folder / CHECKPOINT)
+    module = Uint8Interface(ReferenceICNet.of(network) if reference else network).eval()
+    return torch.compile(module, dynamic=True) if compiled else module
 
 
 @contextmanager
@@ -210,7 +200,7 @@ def _tensorrt(setting: Setting, name: str, graphs: bool = True) -> Iterator[Run]
 
     engine = engine_of(setting.folder, name)
     if not engine.exists():
-        Cuda().close()  # where it can't run, it need not be built
+        Cuda().close()  # fails where an engine could not run either, before one is built
         sizes = sorted(set(setting.sizes))
         smaller = [0, *sizes[:-1]]
         build_engine(setting.folder / name, engine, [Profile(m + 1, n, n) for m, n in zip(smaller, sizes, strict=True)])
@@ -226,32 +216,32 @@ def _tensorrt(setting: Setting, name: str, graphs: bool = True) -> Iterator[Run]
 
 
 def engine_of(folder: Path, name: str) -> Path:
-    """Where the engine of an ONNX file is built; of those elsewhere, several may have one name."""
+    """Where the engine of an ONNX file is built; files of other folders may share a name."""
     path = folder / name
     return path.with_suffix(".engine") if path.parent == folder else folder / f"{digest(path)}.engine"
 
 
-def load(path: Path, setting: Setting, max_images: int | None = None) -> Predictor:
-    """A model file as users run it; raises what `Predictor` does."""
+def load(path: Path, setting: Setting, max_images: int | None = None, provider: str | None = None) -> Predictor:
+    """A model file as users run it; `provider` is ONNX Runtime's. Raises what `Predictor` does."""
     return Predictor(
         path,
         bank=None if setting.chunk is None else bank_files(path),
         threads=setting.threads,
-        providers=[CUDA if setting.device == "cuda" else CPU],
+        providers=[provider or (CUDA if setting.device == "cuda" else CPU)],
         max_images=max_images or setting.chunk,
     )
 
 
 @contextmanager
-def _file(setting: Setting, path: Path) -> Iterator[Run]:
-    with load(path, setting) as predictor:
+def _file(setting: Setting, name: str, provider: str | None = None) -> Iterator[Run]:
+    """A model file; `name` as for `_tensorrt`."""
+    with load(setting.folder / name, setting, provider=provider) as predictor:
         yield predictor.predict_tensors
 
 
 def given(path: Path, precision: str = "int8", build: bool = False) -> Runner:
     """A model file that a Predictor runs as a runner; `build`: an ONNX file, built into a TensorRT engine."""
-    path = path.absolute()
-    return Runner(partial(_tensorrt, name=str(path)) if build else partial(_file, path=path), precision)
+    return Runner(partial(_tensorrt if build else _file, name=str(path.absolute())), precision)
 
 
 # The first is what all others are compared with.
@@ -262,8 +252,8 @@ RUNNERS: dict[str, Runner] = {
     "ours, torch.compile": Runner(partial(_torch, reference=False, compiled=True)),
     "paper, OpenVINO": Runner(partial(_openvino, name=REFERENCE_ONNX)),  # refuses kernels known at run time only
     "ours, OpenVINO": Runner(partial(_openvino, name=OURS_ONNX)),
-    "paper, ONNX Runtime": Runner(partial(_onnxruntime, name=REFERENCE_ONNX)),
-    "ours, ONNX Runtime": Runner(partial(_onnxruntime, name=OURS_ONNX)),
+    "paper, ONNX Runtime": Runner(partial(_file, name=REFERENCE_ONNX)),
+    "ours, ONNX Runtime": Runner(partial(_file, name=OURS_ONNX)),
 }
 GPU_RUNNERS: dict[str, Runner] = {
     "paper, PyTorch FP32": Runner(partial(_torch_on_gpu, reference=True, half=False)),
@@ -272,10 +262,10 @@ GPU_RUNNERS: dict[str, Runner] = {
     "ours, PyTorch FP16": Runner(partial(_torch_on_gpu, reference=False, half=True), "fp16"),
     "paper, torch.compile FP16": Runner(partial(_torch_on_gpu, reference=True, half=True, compiled=True), "fp16"),
     "ours, torch.compile FP16": Runner(partial(_torch_on_gpu, reference=False, half=True, compiled=True), "fp16"),
-    "paper, ONNX Runtime CUDA FP32": Runner(partial(_onnxruntime, name=REFERENCE_ONNX, provider=CUDA)),
-    "ours, ONNX Runtime CUDA FP32": Runner(partial(_onnxruntime, name=OURS_ONNX, provider=CUDA)),
-    "ours, ONNX Runtime CUDA FP16": Runner(partial(_onnxruntime, name=HALF_ONNX, provider=CUDA), "fp16"),
-    "ours, ONNX Runtime TensorRT FP16": Runner(partial(_onnxruntime, name=HALF_ONNX, provider=TENSORRT), "fp16"),
+    "paper, ONNX Runtime CUDA FP32": Runner(partial(_file, name=REFERENCE_ONNX, provider=CUDA)),
+    "ours, ONNX Runtime CUDA FP32": Runner(partial(_file, name=OURS_ONNX, provider=CUDA)),
+    "ours, ONNX Runtime CUDA FP16": Runner(partial(_file, name=HALF_ONNX, provider=CUDA), "fp16"),
+    "ours, ONNX Runtime TensorRT FP16": Runner(partial(_file, name=HALF_ONNX, provider=TENSORRT), "fp16"),
     "ours, TensorRT FP32": Runner(partial(_tensorrt, name=OURS_ONNX)),
     "ours, TensorRT FP16": Runner(partial(_tensorrt, name=HALF_ONNX), "fp16"),
     "ours, TensorRT FP16, no CUDA graphs": Runner(partial(_tensorrt, name=HALF_ONNX, graphs=False), "fp16"),
@@ -318,7 +308,7 @@ def alone(name: str, setting: Setting, n: int, calls: int = 1) -> Alone:
     if process.returncode < 0:
         raise Died(f"its process was killed by signal {-process.returncode}, for lack of memory perhaps")
     try:
-        found: dict[str, Any] = json.loads(out.splitlines()[-1])  # whatever an engine may print before
+        found: dict[str, Any] = json.loads(out.splitlines()[-1])  # an engine may print other lines before
     except (ValueError, IndexError) as error:
         raise Died("its process failed") from error
     if "error" in found:
@@ -337,16 +327,16 @@ def _main(task: dict[str, Any]) -> None:
             run(*tensors)
             first_map = time.time() - task["started"]
             times = [seconds(partial(run, *tensors)) for _ in range(task["calls"] - 1)]
-    except Exception as error:  # what any engine raises; the comparison goes on without it
+    except Exception as error:  # engines raise exceptions of any class; the comparison goes on without this runner
         print(json.dumps({"error": reason(error)}))
         return
     print(json.dumps({"first_map_s": first_map, "times_s": times, "peak_memory_bytes": peak_memory()}))
 
 
 def reason(error: Exception) -> str:
-    """Why a runner does not run, in one line; of long ones, the beginning."""
+    """The reason why a runner does not run, in one line of at most 400 characters."""
     text = one_line(error) if isinstance(error, ICNetError) else f"{type(error).__name__}: {one_line(error)}"
-    return textwrap.shorten(text, REASON, placeholder=" …")
+    return textwrap.shorten(text, MAX_REASON, placeholder=" …")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""icnet bench scaling: how do time and memory grow with the group, and with the number of groups in a call?
+"""`icnet bench scaling`: how do time and memory grow with the group, and with the number of groups in a call?
 
 Every group size runs in a process of its own. A size is skipped, with the reason, if its memory would not fit by the
-straight line through the smaller ones. If the two files of a bank export lie beside a model (NAME.intra.onnx,
-NAME.banked.onnx), groups larger than --chunk are also run in chunks, as a model of its own. If a packed export does
-(NAME.packed.onnx), several groups in one call are compared with the same groups one by one, interleaved.
+straight line through the smaller ones. Two more things are measured if the files for them lie beside a model. With a
+bank export (NAME.intra.onnx, NAME.banked.onnx), groups larger than --chunk also run in chunks, as a model of its own.
+With a packed export (NAME.packed.onnx), several groups in one call are timed against the same groups one by one.
 """
 
 import argparse
@@ -18,18 +18,16 @@ from numpy.typing import NDArray
 from rich.markup import escape
 from rich.progress import Progress
 
-from benchmarks import describe
+from benchmarks import gpu
+from benchmarks.command import add_common_arguments, check_models, measuring, number
 from benchmarks.machine import available_memory, header
 from benchmarks.records import PackRow, ScaledModel, Scaling
-from benchmarks.render import to_terminal, wide_console
 from benchmarks.runners import Setting, alone, inputs, load
-from benchmarks.timing import Times, interleaved, line, ratio, warm_up
-from evaluation.record import labels, recording
-from runtime import ICNetError, InputError, ModelError, Predictor
+from benchmarks.timing import Times, extrapolated, interleaved, line, ratio, warm_up
+from evaluation.record import labels
+from runtime import ICNetError, ModelError, Predictor
 from runtime.bank_models import MAX_IMAGES
 from runtime.files import bank_files, digest
-from runtime.predictor import MAX_THREADS
-from runtime.threads import cores
 
 SIZES = [1, 2, 5, 10, 20, 50, 100, 200, 300]
 PACKS = [1, 2, 4, 8]  # groups in one call
@@ -42,14 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `icnet bench scaling`."""
     add = parser.add_argument
     add("models", type=Path, nargs="+", metavar="MODEL", help="exports, engines, or whatever else a Predictor runs")
-    add("--sizes", type=int, nargs="+", default=SIZES, help=f"group sizes (default {' '.join(map(str, SIZES))})")
-    add("--calls", type=int, default=4, help="per size; the first is the first map (default 4)")
-    add("--chunk", type=int, default=MAX_IMAGES, help=f"images at once in chunks (default {MAX_IMAGES})")
-    add("--packs", type=int, nargs="+", default=PACKS, help="groups in one call (default 1 2 4 8; 0: none)")
-    add("--pack-size", type=int, default=5, metavar="N", help="images in each of these groups (default 5)")
-    add("-t", "--threads", type=int, default=cores(), help="CPU threads (default: all)")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="where ONNX files run (default cpu)")
-    add("-o", "--output", type=Path, help="write the results as JSON")
+    add("--sizes", type=number(), nargs="+", default=SIZES, help=f"group sizes (default {' '.join(map(str, SIZES))})")
+    add("--calls", type=number(2), default=4, help="per size; the first is the first map (default 4)")
+    add("--chunk", type=number(), default=MAX_IMAGES, help=f"images at once in chunks (default {MAX_IMAGES})")
+    add("--packs", type=number(0), nargs="+", default=PACKS, help="groups in one call (default 1 2 4 8; 0: none)")
+    add("--pack-size", type=number(), default=5, metavar="N", help="images in each of these groups (default 5)")
+    add_common_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,58 +55,48 @@ def run(args: argparse.Namespace) -> int:
         0, or 130 if it was interrupted.
 
     Raises:
-        InputError: an option out of range, or a model file that is not there.
+        InputError: a model file is missing.
+        DependencyError: --device cuda without a GPU.
         ModelError: no model runs at any size.
         OutputError: the results can't be written.
     """
-    if min(args.chunk, args.pack_size, *args.sizes) < 1 or not 1 <= args.threads <= MAX_THREADS:
-        raise InputError(
-            f"--sizes, --chunk, --pack-size and --threads take numbers from 1 (--threads to {MAX_THREADS})"
-        )
-    if args.calls < 2 or min(args.packs) < 0:
-        raise InputError("--calls takes numbers from 2, --packs from 0")
-    for model in args.models:
-        if not model.is_file():
-            raise InputError(f"{model}: no such model file")
+    check_models(args.models)
+    card = gpu.find() if args.device == "cuda" else None
     models: list[ScaledModel] = []
-    results: Scaling = {**header("scaling", args.threads), "calls": args.calls, "models": models}
+    results: Scaling = {**header("scaling", args.threads, card), "calls": args.calls, "models": models}
     setting, sizes = Setting(Path(), args.threads, args.sizes, args.device), sorted(set(args.sizes))
-    console = wide_console()
+
+    def measure(found: ScaledModel, path: Path, setting: Setting, sizes: Sequence[int]) -> None:
+        models.append(found)
+        for n in progress.track(sizes, description=escape(found["name"])):
+            _measure(found, path, setting, n, args.calls)
 
     def measured() -> bool:
         return any(found["sizes"] for found in models)
 
     read = [*args.models, *(file for model in args.models for file in bank_files(model))]
-    with recording(results, args.output, inputs=read, keep=measured, console=console) as progress:
+    with measuring(results, args.output, inputs=read, keep=measured) as progress:
         for label, path in zip(labels(args.models), args.models, strict=True):
-            found: ScaledModel = {"name": label, "sha256": digest(path), "sizes": [], "not_run": {}}
-            models.append(found)
-            for n in progress.track(sizes, description=escape(label)):
-                _measure(found, path, setting, n, args.calls)
-            packed, packs = path.with_name(f"{path.stem}.packed{path.suffix}"), sorted({*args.packs} - {0})
-            if packs and packed.is_file():
-                _packs(found, path, packed, setting, packs, args.pack_size, args.calls, progress)
+            plain: ScaledModel = {"name": label, "sha256": digest(path), "sizes": [], "not_run": {}}
+            measure(plain, path, setting, sizes)
+            _packs(plain, path, setting, args, progress)
             large, files = [n for n in sizes if n > args.chunk], bank_files(path)
             if large and all(file.is_file() for file in files):
-                name = f"{label}, chunks of {args.chunk}"
-                chunked: ScaledModel = {"name": name, "sha256": [*map(digest, files)], "sizes": [], "not_run": {}}
-                models.append(chunked)
-                for n in progress.track(large, description=escape(name)):
-                    _measure(chunked, path, replace(setting, chunk=args.chunk), n, args.calls)
+                name, digests = f"{label}, chunks of {args.chunk}", [digest(file) for file in files]
+                chunked: ScaledModel = {"name": name, "sha256": digests, "sizes": [], "not_run": {}}
+                measure(chunked, path, replace(setting, chunk=args.chunk), large)
         if not measured():
             raise ModelError(next(f"{found['name']}: {why}" for found in models for why in found["not_run"].values()))
-    to_terminal(describe.scaling(results), console)
     return 130 if results["interrupted"] else 0
 
 
 def _measure(found: ScaledModel, path: Path, setting: Setting, n: int, calls: int) -> None:
     """One size: a row, or a reason why there is none; then the straight lines, if there are enough points."""
     free, rows = available_memory(), found["sizes"]
-    if free is not None and len(rows) >= 2:
-        offset, slope = line([row["n"] for row in rows], [row["peak_memory_bytes"] for row in rows])
-        if offset + slope * n > SPARE * free:
-            found["not_run"][str(n)] = f"would take {(offset + slope * n) / 1e9:.0f} GB of the {free / 1e9:.0f} GB free"
-            return
+    need = extrapolated({row["n"]: row["peak_memory_bytes"] for row in rows}, n)
+    if free is not None and need > SPARE * free:
+        found["not_run"][str(n)] = f"would take {need / 1e9:.0f} GB of the {free / 1e9:.0f} GB free"
+        return
     try:
         row = alone(str(path.absolute()), setting, n, calls)
     except ICNetError as error:
@@ -124,38 +110,30 @@ def _measure(found: ScaledModel, path: Path, setting: Setting, n: int, calls: in
         found["memory_offset_bytes"], found["memory_per_image_bytes"] = offset, slope
 
 
-def _packs(
-    found: ScaledModel,
-    path: Path,
-    packed: Path,
-    setting: Setting,
-    packs: Sequence[int],
-    size: int,
-    rounds: int,
-    progress: Progress,
-) -> None:
-    """Several groups of one size in one call of the packed export, against the same one by one."""
+def _packs(found: ScaledModel, path: Path, setting: Setting, args: argparse.Namespace, progress: Progress) -> None:
+    """Several groups of one size in one call of the packed export beside `path`, against the same one by one."""
+    packed, packs = path.with_name(f"{path.stem}.packed{path.suffix}"), sorted({*args.packs} - {0})
+    if not packs or not packed.is_file():
+        return
     rows: list[PackRow] = []
     found["packs"] = rows
-    with (
-        load(path, setting) as one_by_one,
-        load(packed, setting, max(packs) * size) as at_once,
-    ):
+    with load(path, setting) as one_by_one, load(packed, setting, max_images=max(packs) * args.pack_size) as at_once:
         for k in progress.track(packs, description=escape(f"{found['name']}, packed")):
-            groups = [inputs(size, seed) for seed in range(k)]
+            groups = [inputs(args.pack_size, seed) for seed in range(k)]
             separate, together = partial(_maps, one_by_one, groups), partial(_maps, at_once, groups)
             warm_up(separate)
             warm_up(together)
             times: Times = {}
-            for _ in interleaved({"separate": separate, "together": together}, times, max(rounds, MIN_PACK_ROUNDS)):
+            rounds = max(args.calls, MIN_PACK_ROUNDS)
+            for _ in interleaved({"separate": separate, "together": together}, times, rounds):
                 pass
             row = {
+                **ratio(times["separate"], times["together"]),
                 "groups": k,
-                "images": k * size,
+                "images": k * args.pack_size,
                 "one_by_one_s": float(np.median(times["separate"])),
                 "packed_s": float(np.median(times["together"])),
                 "mean_difference": float(np.abs(together() - separate()).mean()),
-                **ratio(times["separate"], times["together"]),
             }
             rows.append(cast(PackRow, row))
     for pack in rows:  # of one group as large as all of them, which takes the same tensors

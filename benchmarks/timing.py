@@ -1,4 +1,4 @@
-"""How calls are timed against each other, and what is made of the times."""
+"""Timing of calls against each other, and the statistics of the times."""
 
 import random
 import time
@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.records import Percentiles, Ratio
 
-STEADY = 0.05  # a call that beats the best so far by less than this share has nothing left to warm up
+STEADY = 0.05  # warm-up is over once a call is faster than the best so far by less than this share
 MAX_WARM_UPS = 12
 WARM_UP_SECONDS = 10.0
 RESAMPLES = 2000
@@ -19,7 +19,7 @@ Times = dict[str, list[float]]
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """How long one call takes."""
+    """The time of one call."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
@@ -49,7 +49,7 @@ def interleaved(
 
     Args:
         calls: what to time.
-        times: takes the times in seconds of every whole round.
+        times: filled with the times in seconds of every whole round.
         rounds: how often.
         limit: seconds; once they have passed and there are three rounds, no further round begins.
 
@@ -79,8 +79,8 @@ def ratio(base: Sequence[float], times: Sequence[float]) -> Ratio:
 
     Args:
         base: times of the reference, by round.
-        times: those of the other in the same rounds: whole rounds are resampled (Efron & Tibshirani, 1993), so
-            what slows a round slows both.
+        times: those of the other in the same rounds. Whole rounds are resampled (Efron & Tibshirani, 1993), because
+            a slow round is slow for both.
     """
     first, other = np.asarray(base), np.asarray(times)
     rounds = np.random.default_rng(0).integers(0, len(first), (RESAMPLES, len(first)))
@@ -94,12 +94,20 @@ def ratio(base: Sequence[float], times: Sequence[float]) -> Ratio:
 
 
 def interval(row: Mapping[str, Any]) -> str:
-    """What `ratio` found, for a table."""
+    """A ratio and its interval, for a table."""
     return f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
 
 
 def line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """Offset and slope of the straight line that fits best in relative terms, so that no large x drowns the small."""
+    """Offset and slope of the straight line with the least relative error: large values do not outweigh small ones."""
     weights = 1 / np.maximum(np.asarray(y, float), 1e-12)
     slope, offset = np.polyfit(x, y, 1, w=weights)
     return float(offset), float(slope)
+
+
+def extrapolated(values: Mapping[int, float], n: int) -> float:
+    """The value at n, from those at other sizes by a straight line; 0 if they are fewer than two."""
+    if n in values or len(values) < 2:
+        return values.get(n, 0)
+    offset, slope = line([*values], [*values.values()])
+    return offset + slope * n

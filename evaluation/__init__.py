@@ -1,1 +1,1 @@
-"""How good maps are: metrics, data sets with ground truths, and records of the scores."""
+"""The accuracy of maps: metrics, data sets with ground truths, and records of the scores."""

@@ -1,8 +1,8 @@
-"""`icnet evaluate`: how good are the maps of models, or ready maps, on data sets with ground truths?
+"""`icnet evaluate`: how accurate are the maps of models, or ready maps, on data sets with ground truths?
 
-MAE, max F-measure, S-measure and max E-measure (see metrics.py), with the SISMs as the baseline. Maps are scored with 8
-bits, at the size of their image, as `icnet predict` writes them. With --corrupt-sisms or --bank-sizes, groups made by
-cut and paste take the place of data sets.
+The scores are MAE, max F-measure, S-measure and max E-measure (metrics.py), with the SISMs as the baseline. Maps are
+scored with 8 bits, at the size of their image, as `icnet predict` writes them. With --corrupt-sisms or --bank-sizes,
+groups made by cut and paste take the place of data sets.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from rich.table import Table
 
 from evaluation import bank_sizes, corrupted_sisms
 from evaluation.dataset import BUILTIN, Dataset, Maps, evaluate, find_dataset
-from evaluation.metrics import BETA2, TITLES, Metrics
+from evaluation.metrics import BETA2, TITLES
 from evaluation.record import SISMS, labels, recording, versions
 from runtime import DependencyError, InputError, Predictor
 from runtime.errors import how_to_install
@@ -38,7 +38,7 @@ USAGE = """icnet evaluate DATA [DATA ...] [--models MODEL [MODEL ...]] [options]
 
 @dataclass(frozen=True)
 class MapScores:
-    """The scores of the SISMs, of a model (with the SHA-256 of its file), or of a folder of maps; see `Metrics`."""
+    """The scores of the SISMs, of a folder of maps, or of a model, which has a SHA-256; see `Metrics`."""
 
     name: str
     path: str
@@ -53,7 +53,7 @@ class MapScores:
 
 @dataclass(frozen=True)
 class DatasetScores:
-    """What was scored on one data set."""
+    """All scores on one data set."""
 
     name: str
     path: str
@@ -107,23 +107,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = USAGE
     add = parser.add_argument
     add("data", type=Path, nargs="*", metavar="DATA", help="a data set with img/GROUP/, gt/GROUP/ and sism/GROUP/")
-    add(
-        "-m",
-        "--models",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="MODEL",
-        help="exported models and engines; on data sets also folders of ready maps GROUP/NAME.png (several data sets: "
-        "DATA/GROUP/...)",
-    )
-    add(
-        "-s",
-        "--sisms",
-        metavar="DIR",
-        help="of data sets: folder with GROUP/NAME.png (several data sets: DATA/GROUP/NAME.png); default: sism in each "
-        f"data set; or '{BUILTIN}': OpenCV's static saliency, a weak stand-in",
-    )
+    models = "exported models and engines; on data sets also folders of ready maps GROUP/NAME.png (several data sets: "
+    add("-m", "--models", type=Path, nargs="+", default=[], metavar="MODEL", help=f"{models}DATA/GROUP/NAME.png)")
+    sisms = "folder with GROUP/NAME.png (several data sets: DATA/GROUP/NAME.png); default: sism in each data set; or "
+    add("-s", "--sisms", metavar="DIR", help=f"{sisms}'{BUILTIN}': OpenCV's static saliency, a weak stand-in")
     add("-t", "--threads", type=int, metavar="N", help="CPU threads of a model (default: one per core)")
     add("-o", "--output", type=Path, metavar="JSON", help="write the results, with all curves")
     add("--plot", type=Path, metavar="PNG", help="draw the curves: precision over recall, or max F and MAE")
@@ -132,34 +119,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     mode = modes.add_mutually_exclusive_group()
     shares, sizes = (" ".join(map(str, values)) for values in (corrupted_sisms.SHARES, bank_sizes.SIZES))
-    mode.add_argument(
-        "--corrupt-sisms",
-        type=float,
-        nargs="*",
-        metavar="SHARE",
-        help=f"score with these shares of the SISMs plainly wrong (default {shares})",
-    )
-    mode.add_argument(
-        "--bank-sizes",
-        type=int,
-        nargs="*",
-        metavar="N",
-        help="score new images against banks of so many images; NAME.onnx stands for NAME.intra.onnx and "
-        f"NAME.banked.onnx (default {sizes})",
-    )
+    wrong = f"score with these shares of the SISMs plainly wrong (default {shares})"
+    mode.add_argument("--corrupt-sisms", type=float, nargs="*", metavar="SHARE", help=wrong)
+    banks = f"score new images against banks of so many images (default {sizes}); MODEL is NAME.onnx of a bank export"
+    mode.add_argument("--bank-sizes", type=int, nargs="*", metavar="N", help=banks)
     add_material_arguments(modes.add_argument, required=False)
     add_group_arguments(modes.add_argument)
-    banks = parser.add_argument_group("with --bank-sizes, where --images is not used")
-    banks.add_argument("--new", type=int, default=10, metavar="N", help="new images per group (default 10)")
-    banks.add_argument("--picture", type=Path, metavar="JPG", help="show the largest bank at work on one group")
-    banks.add_argument("--show", metavar="CLASS", help="the class in the picture (default: that of the first group)")
+    add = parser.add_argument_group("with --bank-sizes, where --images is not used").add_argument
+    add("--new", type=int, default=10, metavar="N", help="new images per group (default 10)")
+    add("--picture", type=Path, metavar="JPG", help="show the largest bank at work on one group")
+    add("--show", metavar="CLASS", help="the class in the picture (default: that of the first group)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Score every model on every data set, or on groups made by cut and paste; print tables, and write the results.
 
     Raises:
-        ICNetError: something is missing, can't be read or does not match; no image is ever left out of a mean.
+        ICNetError: something is missing, can't be read or does not match. No image is ever left out of a mean.
         OutputError: the results can't be written.
     """
     _check_options(args)
@@ -205,7 +181,8 @@ def _measure_one(dataset: Dataset, args: argparse.Namespace, progress: Progress)
         text = f"{escape(dataset.name)}, {escape(label)}"
         found = evaluate(dataset, progress.track(maps, len(dataset.groups), description=text))
         empty = found.empty
-        rows.append(_row(label, source, sha256, found))
+        curves = found.precision.tolist(), found.recall.tolist()
+        rows.append(MapScores(label, source, sha256, found.mae, found.max_f, found.s, found.max_e, *curves))
 
     if dataset.sisms is not None:
         score(SISMS, str(dataset.sisms), dataset.read(sisms for _, sisms in dataset.inputs()))
@@ -216,11 +193,6 @@ def _measure_one(dataset: Dataset, args: argparse.Namespace, progress: Progress)
             with Predictor(model, threads=args.threads) as predictor:
                 score(label, str(model), predictor.predict_groups(dataset.inputs()), digest(model))
     return DatasetScores(dataset.name, str(dataset.path), len(dataset.groups), dataset.images, empty, rows)
-
-
-def _row(label: str, source: str, sha256: str | None, found: Metrics) -> MapScores:
-    curves = found.precision.tolist(), found.recall.tolist()
-    return MapScores(label, source, sha256, found.mae, found.max_f, found.s, found.max_e, *curves)
 
 
 def _find_datasets(args: argparse.Namespace) -> list[Dataset]:

@@ -1,8 +1,8 @@
 """`icnet evaluate --bank-sizes`: how large must a bank be?
 
-Groups are made by cut and paste, of classes that the network need not have seen. The first images of each make a bank,
-once of one image, once of two, and so on. The last ones are new, and each is compared with the bank by itself. The
-SISMs themselves are scored too, and the new images as a group of their own, without a bank.
+Groups are made by cut and paste, of classes that the network need not have seen. The first images of a group make banks
+of several sizes. The last images are new: each is compared with a bank by itself. The baselines are the SISMs, and the
+new images as a group of their own without a bank.
 """
 
 import argparse
@@ -131,7 +131,7 @@ def _group(args: argparse.Namespace, maker: "CutPaste", i: int, name: str | None
 
 
 def _bank(predictor: Predictor, group: "Group", size: int) -> Bank:
-    """The bank of a group's first images; SISMs of 0 and 1 alone, which would be taken for a mistake, are black."""
+    """The bank of a group's first images; SISMs of 0 and 1 alone, which would be refused as masks, become black."""
     sisms = [sism if sism.max() > 1 else np.zeros_like(sism) for sism in group.sisms[:size]]
     return predictor.bank(group.images[:size], sisms)
 

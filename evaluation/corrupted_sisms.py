@@ -2,8 +2,8 @@
 
 ICNet's authors say that a minority of wrong SISMs in a group is tolerated and a majority is not (§4.4). Here groups are
 made by cut and paste, of classes that the network need not have seen, and scored with a growing share of their SISMs
-corrupted. The images stay the same, and every share corrupts the SISMs of the share before, and more. The SISMs
-themselves are scored too, and each model *blind*: with SISMs of 1 everywhere, so that it sees only the images.
+corrupted. The images stay the same; a larger share corrupts the same SISMs and more. The baselines are the SISMs, and
+each model *blind*: with SISMs of 1 everywhere, so that it sees only the images.
 """
 
 import argparse

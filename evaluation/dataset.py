@@ -78,7 +78,7 @@ class Dataset:
             yield [grey_image(file, _size(gt)) for file, gt in zip(group, ground_truths, strict=True)]
 
     def check(self) -> Iterator[None]:
-        """Read every image and ground truth, group by group, so that a bad one is named before hours of computing.
+        """Read every image and ground truth, group by group, to find a bad one before hours of computing.
 
         Raises:
             InputError: one can't be read, or they differ in size.

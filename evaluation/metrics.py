@@ -1,4 +1,4 @@
-"""How good co-saliency maps are: MAE, max F-measure, S-measure and max E-measure, as the field computes them.
+"""The accuracy of co-saliency maps: MAE, max F-measure, S-measure and max E-measure, as the field computes them.
 
 The details on which toolboxes differ are those of PySODMetrics, and so of the MATLAB code that papers report: a ground
 truth is foreground above 128 of 255; every map is stretched to [0, 1] by its own minimum and maximum (one of a single

@@ -15,7 +15,7 @@ import pytest
 import icnet_cli
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("", "docs", "weights", "benchmarks", "tests/data/bird", "tests/data/pasted")
+FOLDERS = ("", "docs", "weights", "tests/data/bird", "tests/data/pasted")
 PAGES = sorted(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md"))
 COMMAND_PAGES = [page for page in PAGES if page.name != "CHANGELOG.md"]
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")

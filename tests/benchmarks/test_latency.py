@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from benchmarks import end_to_end, gpu, latency
-from benchmarks.gpu import Gpu
 from benchmarks.latency import Comparison
 from benchmarks.runners import GPU_RUNNERS, RUNNERS, Died, Runner, inputs
 from calibration.graph import ExportedModel
@@ -249,11 +248,21 @@ def test_a_comparison_that_is_interrupted_keeps_what_it_has(icnet, checkpoint, e
     assert list(results["groups"][1]["runners"]) == ["good", "other"]
 
 
-def test_options_below_1(icnet):
-    code, _, err = icnet("bench", "latency", "--sizes", 0)
-    assert code == 2
-    assert (
-        err == "icnet bench latency: error: --sizes, --rounds and --threads take numbers from 1 (--threads to 1024)\n"
+@pytest.mark.parametrize(
+    ("command", "option", "value", "span"),
+    [
+        ("latency", "--sizes", 0, "from 1"),
+        ("latency", "--rounds", -1, "from 1"),
+        ("throughput", "--callers", 1025, "from 1 to 1024"),
+        ("scaling", "--calls", 1, "from 2"),
+    ],
+)
+def test_options_out_of_range(icnet, capsys, command, option, value, span):
+    with pytest.raises(SystemExit, match="2"):
+        icnet("bench", command, "x.onnx", option, value)
+    said = f"argument {option}: expected a whole number {span}, got '{value}'"
+    assert capsys.readouterr().err == (
+        f"icnet bench {command}: error: {said} ('icnet bench {command} --help' lists the options)\n"
     )
 
 
@@ -268,8 +277,11 @@ def test_bad_options_are_one_line(icnet, tmp_path):
 
 @pytest.fixture
 def card(monkeypatch):
-    card = Gpu("NVIDIA GeForce RTX 4090", "8.9", "580.65.06", 24 << 30, device="cpu")
+    """A GPU is found, and PyTorch runs on the CPU all the same."""
+    card = {"gpu": "NVIDIA GeForce RTX 4090", "compute_capability": "8.9", "driver": "580.65.06"}
+    card |= {"gpu_memory_bytes": 24 << 30, "cuda": "13.0", "cudnn": None}
     monkeypatch.setattr(gpu, "find", lambda: card)
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
     return card
 
 
@@ -292,7 +304,7 @@ def test_the_comparison_on_a_gpu(icnet, checkpoint, card, built, exported, tmp_p
     assert built == [(f"icnet{kind}.engine", ["1:1:1", "2:3:3"]) for kind in ("", ".fp16", ".fp16.packed")]
     assert simulated.leaks() == {}  # all runners were closed
 
-    assert results["machine"]["gpu"] == card.name
+    assert results["machine"]["gpu"] == "NVIDIA GeForce RTX 4090"
     assert results["machine"]["compute_capability"] == "8.9"
     assert results["machine"]["driver"] == "580.65.06"
     assert {"cuda", "cudnn", "date"} <= set(results["machine"])

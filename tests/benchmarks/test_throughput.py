@@ -3,11 +3,12 @@ import sys
 import time
 
 import pytest
+from rich.progress import Progress
 
 from benchmarks import throughput
 from benchmarks.describe import PAGES
 from benchmarks.render import to_markdown
-from benchmarks.throughput import Stream, read_histogram
+from benchmarks.throughput import read_histogram, stream
 from runtime import InputError, ModelError
 
 
@@ -27,17 +28,13 @@ class Slow:
             raise self.error
 
 
-class Bar:
-    def add_task(self, *_, **__):
-        return 0
-
-    def update(self, *_, **__):
-        pass
+def run(predictor, sizes, arrivals, callers):
+    return stream(predictor, sizes, arrivals, callers, Progress(disable=True), on_gpu=False)
 
 
 def test_groups_wait_in_the_order_of_their_arrival():
     slow = Slow()
-    found = Stream(slow, [3, 1, 2, 4], [0.001, 0.002, 0.003, 0.3], callers=1).run(Bar(), on_gpu=False)
+    found = run(slow, [3, 1, 2, 4], [0.001, 0.002, 0.003, 0.3], callers=1)
     assert slow.order == [3, 1, 2, 4]
     assert found["groups"] == 4
     assert found["images"] == 10
@@ -49,35 +46,45 @@ def test_groups_wait_in_the_order_of_their_arrival():
 
 def test_all_at_once_keeps_every_caller_busy_and_nothing_waits():
     slow = Slow()
-    found = Stream(slow, [1] * 12, [0.0] * 12, callers=3).run(Bar(), on_gpu=False)
+    found = run(slow, [1] * 12, [0.0] * 12, callers=3)
     assert slow.most == 3
     assert found["queue_s"]["p99"] == 0
     assert found["groups_per_s"] > 60  # three at once, 20 ms each: 150; one at once: 50
 
 
 def test_a_group_that_fails_ends_the_stream():
+    slow = Slow(ModelError("broken"))
     with pytest.raises(ModelError, match="broken"):
-        Stream(Slow(ModelError("broken")), [1] * 50, [0.0] * 50, callers=2).run(Bar(), on_gpu=False)
+        run(slow, [1] * 50, [0.0] * 50, callers=2)
+    assert len(slow.order) < 10
+
+
+def test_ctrl_c_ends_the_waiting_for_groups_that_are_not_there_yet():
+    slow = Slow(KeyboardInterrupt())
+    start = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        run(slow, [1] * 6, [0.001, 0.002, 0.003, 60.0, 60.0, 60.0], callers=2)
+    assert time.perf_counter() - start < 10
 
 
 def test_icnet_throughput(icnet, exports, tmp_path):
-    """Both models get the same groups, and what is written of a histogram can be read again."""
-    histogram, saved = tmp_path / "sizes.json", tmp_path / "saved.json"
+    """Both models get the same groups, and the histogram of the results can be read again."""
+    histogram = tmp_path / "sizes.json"
     histogram.write_text('{"2": 3, "1": 1, "7": 0}')
     options = ("--sizes", histogram, "--groups", 6, "--callers", 2, "--threads", 1, "--output", tmp_path / "x.json")
     packed = exports.with_name("icnet.packed.onnx")
-    code, out, _ = icnet("bench", "throughput", exports, packed, *options, "--save-sizes", saved)
+    code, out, _ = icnet("bench", "throughput", exports, packed, *options)
     assert code == 0
     assert "2 callers, groups of 1 to 2" in " ".join(out.split())
     results = json.loads((tmp_path / "x.json").read_text())
     assert results["histogram"] == {"1": 1, "2": 3}
-    assert read_histogram(str(saved)) == {1: 1, 2: 3}
+    assert read_histogram(str(tmp_path / "x.json")) == {1: 1, 2: 3}
     assert [found["name"] for found in results["models"]] == ["icnet.onnx", "icnet.packed.onnx"]
     for found in results["models"]:
-        for stream in found["streams"].values():
-            assert stream["groups"] == 6
-            assert stream["images"] == results["models"][0]["streams"]["capacity"]["images"]
-            assert 0 <= stream["idle_share"] < 1
+        for row in found["streams"].values():
+            assert row["groups"] == 6
+            assert row["images"] == results["models"][0]["streams"]["capacity"]["images"]
+            assert 0 <= row["idle_share"] < 1
     text = "\n".join(to_markdown(PAGES["throughput"](results), ""))
     assert "| icnet.packed.onnx | all at once |" in text
 
