@@ -11,6 +11,8 @@ variant of it that rounds as the precision does, on the same weights and inputs.
   whose activations overflow has no such excuse. A correct file rounds at more places, within the products of RSCF. Its
   mean was 0.7 to 2.0 floors (5 networks, two of them trained, by PyTorch and by ONNX Runtime). A file that computed the
   order of the pixels in FP16 was 29 floors away on a trained network; on random ones it did not show.
+- **TF32**, which `icnet build --tf32` allows and tensor cores compute: the inputs of convolutions and matrix products,
+  weights among them, are rounded to 10 bits behind the leading one, and summed in FP32.
 - **INT8**: convolutions but `FLOAT_LAYERS` have their weights and inputs rounded to 8 bits. Calibrated files were 0.8
   to 1.4 floors away (three networks, one of them trained, minmax and entropy), networks of other weights 14 to 230.
 - **Winograd**, which is how MNN computes FP32: the outputs of convolutions have random noise of `WINOGRAD`. Winograd's
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
     from export.icnet import ICNet, Uint8Interface
 
-ALLOWED_FLOORS = {"fp32": 4.0, "fp16": 3.0, "winograd": 4.0}  # how many an exported file may be away
+ALLOWED_FLOORS = {"fp32": 4.0, "tf32": 4.0, "fp16": 3.0, "winograd": 4.0}  # how many an exported file may be away
 NEGLIGIBLE_MAX, NEGLIGIBLE_MEAN = 1e-2, 1e-4  # of maps in [0, 1]: no 8-bit map shows it
 FLOAT_LAYERS = ("vgg.vgg.0", "get_pred_4.pred.0", "refine_1.pred.pred.0")  # convolutions that INT8 leaves as they are
 INT8_LEVELS = 127  # on one side of 0
@@ -72,6 +74,47 @@ def _fp16(network: "nn.Module") -> None:
         conv.register_forward_hook(lambda _module, _inputs, output: round_to_half(output))
 
 
+TF32_DROPPED = 13  # of FP32's 23 bits of mantissa
+
+
+def round_to_tf32(x: "Tensor") -> "Tensor":
+    """Round to TF32, which has FP32's exponents and 10 bits of mantissa; halves away from 0, as `cvt.rna` does.
+
+    Source: PTX ISA, "cvt", `.rna` and `.tf32`. Other dtypes than float32 are returned as they are.
+    """
+    import torch
+
+    if x.dtype != torch.float32:
+        return x
+    bits = x.contiguous().view(torch.int32) + (1 << (TF32_DROPPED - 1))
+    return torch.where(x.isfinite(), (bits & -(1 << TF32_DROPPED)).view(torch.float32), x)
+
+
+def _tf32(network: Any) -> None:
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    products = {torch.conv2d, torch.nn.functional.conv2d, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
+
+    class Rounded(TorchFunctionMode):
+        """Rounds the two factors of every convolution and matrix product; the bias is added in FP32."""
+
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if function in products:
+                args = (*map(round_to_tf32, args[:2]), *args[2:])
+                kwargs |= {k: round_to_tf32(v) for k, v in kwargs.items() if k == "weight"}
+            return function(*args, **kwargs)
+
+    forward = network.forward
+
+    def rounded(*tensors: "Tensor") -> Any:
+        with Rounded():
+            return forward(*tensors)
+
+    network.forward = rounded
+
+
 def _int8(network: "nn.Module") -> None:
     """One scale per output channel for weights, one per tensor for inputs."""
     import torch
@@ -102,7 +145,7 @@ def _winograd(network: "nn.Module") -> None:
         conv.register_forward_hook(noisy)
 
 
-VARIANTS = {"fp32": _fp64, "fp16": _fp16, "int8": _int8, "winograd": _winograd}  # by precision
+VARIANTS = {"fp32": _fp64, "tf32": _tf32, "fp16": _fp16, "int8": _int8, "winograd": _winograd}  # by precision
 
 
 def _convolutions(network: "nn.Module") -> dict[str, "nn.Conv2d"]:
