@@ -7,7 +7,7 @@ operations over the matrix-product rate and bytes over the copy rate, where ever
 the whole file, where only its inputs, weights and outputs do. An engine that needs fewer multiplications (Winograd) can
 be faster than either.
 
-With --card nothing is run: the bound for a card from NVIDIA's data sheets.
+With --card nothing is run: the bound is that of a card's data sheet (`benchmarks/cards.py`).
 """
 
 import argparse
@@ -27,6 +27,7 @@ from rich.progress import Progress
 
 from benchmarks import describe
 from benchmarks.agreement import prepare
+from benchmarks.cards import CARDS
 from benchmarks.machine import copy, header, matrix_product
 from benchmarks.records import Bounds, NodeRow, Roofline, Timed, Totals
 from benchmarks.render import Page, Plot, to_png, to_terminal, wide_console
@@ -42,16 +43,6 @@ from runtime.predictor import MAX_THREADS
 from runtime.threads import cores
 
 INSERTED = "layout"  # what the table calls nodes that ONNX Runtime puts in itself
-# FLOP/s of dense matrix products (no sparsity) with FP32 as FP32, and in FP16; bytes/s. From NVIDIA's data sheets.
-CARDS = {
-    "v100-sxm2": {"fp32": 15.7e12, "fp16": 125e12, "copy": 900e9},
-    "a100-sxm-40gb": {"fp32": 19.5e12, "fp16": 312e12, "copy": 1555e9},
-    "a100-sxm-80gb": {"fp32": 19.5e12, "fp16": 312e12, "copy": 2039e9},
-    "a10": {"fp32": 31.2e12, "fp16": 125e12, "copy": 600e9},
-    "l4": {"fp32": 30.3e12, "fp16": 121e12, "copy": 300e9},
-    "h100-sxm": {"fp32": 67e12, "fp16": 989e12, "copy": 3350e9},
-    "h200-sxm": {"fp32": 67e12, "fp16": 989e12, "copy": 4800e9},
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, default=7, help="timed calls (default 7)")
     add("-t", "--threads", type=int, default=cores(), help="CPU threads (default: all)")
     add("--card", choices=CARDS, help="only the bound, for this card")
-    add("--precision", choices=["fp32", "fp16"], help="with --card: of its products (default: as the file says)")
+    add(
+        "--precision", choices=["fp32", "fp16", "int8"], help="with --card: of its products (default: as the file says)"
+    )
     add("-o", "--output", type=Path, help="write the results as JSON")
     add("--plot", type=Path, metavar="PNG", help="draw the roofline with every node")
 
@@ -117,8 +110,11 @@ def _results(args: argparse.Namespace, folder: Path, progress: Progress) -> Roof
     found: Bounds
     precision = args.precision or _precision(model)
     if args.card:
-        rates = CARDS[args.card]
-        found = _bounds(nodes, totals, args.size, rates[precision], rates["copy"])
+        card = CARDS[args.card]
+        if precision not in card.rates:
+            known = " and ".join(card.rates)
+            raise InputError(f"--card {args.card}: its {precision} rate is not known; give --precision {known}")
+        found = _bounds(nodes, totals, args.size, card.rates[precision], card.bytes_per_s)
     else:
         timed = args.size, args.rounds, args.threads, folder
         found = measure(model, nodes, totals, *timed, lambda: progress.advance(bar))
@@ -131,12 +127,27 @@ def _results(args: argparse.Namespace, folder: Path, progress: Progress) -> Roof
         "nodes": [],
         **found,
     }
-    return cast(Roofline, results | ({"card": args.card, "precision": precision} if args.card else {}))
+    if args.card:
+        memory = {"least_memory_bytes": least_memory(model, nodes), "card_memory_bytes": card.memory_bytes}
+        results |= {"card": args.card, "precision": precision, **memory}
+    return cast(Roofline, results)
 
 
 def bound(nodes: Sequence[Node], flop_per_s: float, bytes_per_s: float) -> float:
     """Seconds that the nodes take at least, if each reads and writes memory."""
     return sum(max(node.flop / flop_per_s, node.bytes / bytes_per_s) for node in nodes)
+
+
+def least_memory(path: Path, nodes: Sequence[Node]) -> int:
+    """Bytes that any engine must hold at once: the weights, and what goes into and out of the largest product."""
+    graph = load_model(path).graph
+    weights = {tensor.name: onnx.numpy_helper.to_array(tensor).nbytes for tensor in graph.initializer}
+    moved = [
+        node.bytes - sum(weights.get(name, 0) for name in source.input)
+        for node, source in zip(nodes, graph.node, strict=True)
+        if node.flop
+    ]
+    return sum(weights.values()) + max(moved, default=0)
 
 
 def levels(models: Mapping[str, Sequence[Node]]) -> dict[str, dict[str, int]]:
