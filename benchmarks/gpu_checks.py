@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from benchmarks.gpu_subject import LARGE, Figures, Subject
 from benchmarks.runners import CUDA, TENSORRT, Run, inputs
-from export.tensorrt_api import load_tensorrt
 from runtime import DependencyError, ModelError, Predictor
 from runtime.backends.cuda import Capture, Cuda, PageLocked
 from runtime.backends.tensorrt import TensorRTBackend
@@ -50,11 +49,11 @@ class Check:
 def checks(engine: str) -> list[Check]:
     """The checks of an engine, one of `ENGINES`."""
     if engine == "tensorrt":
-        ready = usable_tensorrt
+        ready = usable_gpu  # that TensorRT is missing shows when an engine is built
         return [
-            Check("page-locked copies", page_locked_copies, usable_gpu),
-            Check("copies from the driver's memory", driver_copies, usable_gpu),
-            Check("captured copies", captured_copies, usable_gpu),
+            Check("page-locked copies", page_locked_copies, ready),
+            Check("copies from the driver's memory", driver_copies, ready),
+            Check("captured copies", captured_copies, ready),
             Check("TensorRT FP32", partial(engine_maps, "fp32", False), ready),
             Check("TensorRT FP32 with TF32", partial(engine_maps, "fp32", True), ready),
             Check("TensorRT FP16", partial(engine_maps, "fp16", False), ready),
@@ -241,12 +240,6 @@ def usable_gpu() -> None:
     Cuda().close()
 
 
-def usable_tensorrt() -> None:
-    """Raises DependencyError without these and TensorRT."""
-    usable_gpu()
-    load_tensorrt()
-
-
 def usable_onnxruntime(provider: str) -> None:
     """Raises DependencyError without a driver, a GPU and an ONNX Runtime that has the provider."""
     PageLocked().close()
@@ -340,9 +333,14 @@ def _times(run: Run, calls: int = 20) -> Figures:
 def _warnings() -> Iterator[list[str]]:
     """What this package's runtime warns of meanwhile."""
     heard: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda message: heard.append(message.getMessage())  # type: ignore[method-assign]
-    log = logging.getLogger("runtime")
+
+    class Listener(logging.Handler):
+        """Keeps the messages."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
+
+    handler, log = Listener(logging.WARNING), logging.getLogger("runtime")
     log.addHandler(handler)
     try:
         yield heard

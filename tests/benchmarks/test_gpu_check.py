@@ -148,14 +148,23 @@ def test_onnxruntime_without_cuda_is_red(icnet, gpu, smi, weights, tmp_path, mon
 
 
 def test_wrong_maps_fail(gpu, subject, tmp_path, monkeypatch):
-    """An engine of another network: one of the same kind whose maps are plausible."""
+    """An engine of another network of the same kind, whose maps are plausible."""
     other = tmp_path / "other.pth"
     save_checkpoint(other, random_network(1 / 32, seed=1))
     foreign = Subject(tmp_path, other, 8).onnx("fp32")
     monkeypatch.setattr(subject, "onnx", lambda *_: foreign)
-    found, why = outcome(partial(gpu_checks.engine_maps, "fp16", False), subject)
+    found, why = outcome(partial(gpu_checks.engine_maps, "fp32", False), subject)
     assert found == "failed"
     assert "where rounding explains" in why
+
+
+def test_without_tensorrt_no_engine_is_a_success(gpu, subject, monkeypatch):
+    def missing(*_):
+        raise DependencyError("TensorRT is not installed: pip install 'icnet-deploy[tensorrt]'")
+
+    monkeypatch.setattr(gpu_subject, "build_engine", missing)
+    found, why = outcome(partial(gpu_checks.engine_maps, "fp16", False), subject)
+    assert (found, why) == ("could not", "TensorRT is not installed: pip install 'icnet-deploy[tensorrt]'")
 
 
 def test_maps_that_are_not_finite_fail(subject):
