@@ -8,13 +8,15 @@ import argparse
 import ctypes
 import logging
 import re
+import shutil
+import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, cast
 
 from benchmarks import describe, records
-from benchmarks.gpu_checks import ENGINES, Check, ask_driver, checks
+from benchmarks.gpu_checks import ENGINES, Check, checks
 from benchmarks.gpu_subject import Subject
 from benchmarks.machine import header
 from benchmarks.records import CheckRow, GpuCheck
@@ -112,17 +114,25 @@ def perform(check: Check, subject: Subject) -> CheckRow:
 
 def find_card() -> records.Gpu:
     """The first GPU and its software, as the driver tells it; empty without a driver."""
-    found = ask_driver("name,compute_cap,driver_version,memory.total")
+    found = _ask_driver()
     if not found:
         return {}
     name, capability, driver, memory = found
-    return {
-        "gpu": name,
-        "compute_capability": capability,
-        "driver": driver,
-        "gpu_memory_bytes": int(float(memory) * 2**20),
-        "cuda": _cuda_version(),
-    }
+    card: records.Gpu = {"gpu": name, "compute_capability": capability, "driver": driver, "cuda": _cuda_version()}
+    if memory.isdecimal():  # Jetson's memory is the host's, and not told
+        card["gpu_memory_bytes"] = int(memory) << 20
+    return card
+
+
+def _ask_driver() -> list[str]:
+    """Name, compute capability, driver and MiB of the first GPU, asked of `nvidia-smi`; nothing without it."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return []
+    query = [command, "--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    lines = answer.stdout.splitlines() if answer.returncode == 0 else []
+    return [text.strip() for text in lines[0].rsplit(",", 3)] if lines else []
 
 
 def _cuda_version() -> str | None:

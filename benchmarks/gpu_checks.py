@@ -4,10 +4,9 @@ Maps are compared with those of ONNX Runtime on the CPU in FP32. The mean of |Δ
 floors of the precision (`export.noise`, `benchmarks.agreement`).
 """
 
+import ctypes
 import json
 import logging
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from benchmarks.gpu_subject import LARGE, Figures, Subject
 from benchmarks.runners import CUDA, TENSORRT, Run, inputs
 from runtime import DependencyError, ModelError, Predictor
-from runtime.backends.cuda import Capture, Cuda, PageLocked
+from runtime.backends.cuda import Capture, Cuda, PageLocked, _load_driver
 from runtime.backends.tensorrt import TensorRTBackend
 from runtime.contract import ExportKind
 from runtime.errors import how_to_install
@@ -257,28 +256,20 @@ def used_gpu_memory() -> int:
     """Bytes of the GPU's memory that are in use, by any process.
 
     Raises:
-        DependencyError: the driver's `nvidia-smi` is missing.
+        ModelError: the driver does not tell.
     """
-    found = ask_driver("memory.used")
-    if not found:
-        raise DependencyError("nvidia-smi is missing, which tells how much of the GPU's memory is in use")
-    return int(float(found[0]) * 2**20)
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    with gpu():
+        code = _load_driver().cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+    if code:
+        raise ModelError(f"the driver does not tell how much memory is in use: cuMemGetInfo failed with {code}")
+    return total.value - free.value
 
 
 def used_memory() -> int:
     """Bytes of memory that this process has resident."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
-
-
-def ask_driver(fields: str) -> list[str]:
-    """Fields of the first GPU, asked of the driver's `nvidia-smi`; none without it."""
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return []
-    query = [command, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False)
-    return [text.strip() for text in answer.stdout.splitlines()[0].split(",")] if answer.returncode == 0 else []
 
 
 @contextmanager

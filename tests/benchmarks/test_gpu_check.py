@@ -94,8 +94,7 @@ def no_gpu(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "pycuda.driver", None)
     monkeypatch.setattr("runtime.backends.cuda._load_driver", no_driver)
-    monkeypatch.setattr(gpu_checks, "ask_driver", lambda fields: [])
-    monkeypatch.setattr(gpu_check, "ask_driver", lambda fields: [])
+    monkeypatch.setattr(gpu_check, "_ask_driver", list)
 
 
 def outcome(run, subject):
@@ -152,8 +151,9 @@ def test_wrong_maps_fail(gpu, subject, tmp_path, monkeypatch):
     other = tmp_path / "other.pth"
     save_checkpoint(other, random_network(1 / 32, seed=1))
     foreign = Subject(tmp_path, other, 8).onnx("fp32")
+    assert len(subject.expected) == len(subject.groups)  # the CPU's maps, of the right network
     monkeypatch.setattr(subject, "onnx", lambda *_: foreign)
-    found, why = outcome(partial(gpu_checks.engine_maps, "fp32", False), subject)
+    found, why = outcome(partial(gpu_checks.engine_maps, "fp16", False), subject)
     assert found == "failed"
     assert "where rounding explains" in why
 
