@@ -46,21 +46,21 @@ def asked(monkeypatch):
 @pytest.mark.parametrize("name", ["predict", "bank"])
 def test_the_option_chooses_the_provider(icnet, exports, asked, tmp_path, name, options, expected):
     """The bank export beside a model runs there, too."""
-    path = exports / "icnet.onnx"
+    path = exports
     assert icnet(*command(name, path, tmp_path / "out.npz"), *options)[0] == 0
     assert asked == [expected] * (3 if name == "predict" else 2)
     assert all(file.exists() for file in bank_files(path))
 
 
 def test_evaluate_takes_it(icnet, exports, asked, tmp_path):
-    assert icnet(*command("evaluate", exports / "icnet.onnx", tmp_path / "x.json"), "--device", "cuda")[0] == 0
+    assert icnet(*command("evaluate", exports, tmp_path / "x.json"), "--device", "cuda")[0] == 0
     assert asked == [[CUDA]]
 
 
 @pytest.mark.parametrize("name", ["predict", "bank", "evaluate"])
 def test_an_onnxruntime_without_cuda_is_one_line(icnet, exports, tmp_path, monkeypatch, name):
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [CPU])
-    code, _, err = icnet(*command(name, exports / "icnet.onnx", tmp_path / "out.npz"), "--device", "cuda")
+    code, _, err = icnet(*command(name, exports, tmp_path / "out.npz"), "--device", "cuda")
     assert code == 2
     assert err.startswith(f"icnet {name}: error: {CUDA}: not in this onnxruntime")
     assert "replace onnxruntime by onnxruntime-gpu (never both)" in err
@@ -74,7 +74,7 @@ def test_cuda_goes_through_the_bindings(icnet, exports, tmp_path, monkeypatch):
     monkeypatch.setattr(backend, "CUDA", (CPU,))
     monkeypatch.setattr(backend, "DEVICE", "cpu")
     monkeypatch.setitem(providers.__globals__["PROVIDERS"], "cuda", [CPU])
-    assert icnet(*command("predict", exports / "icnet.onnx", tmp_path / "out"), "--device", "cuda")[0] == 0
+    assert icnet(*command("predict", exports, tmp_path / "out"), "--device", "cuda")[0] == 0
     assert gpu.made["page-locked memory"] > 0
     assert gpu.leaks() == {}
 
