@@ -23,15 +23,14 @@ lint: .venv/test  ## style, types, and the direction of imports
 bench: .venv/bench  ## latency and memory, side by side
 	$(BIN)/icnet bench latency --output build/latency.json
 
-gpu-check: .venv/gpu  ## on a machine with a GPU: the tests that need one, and the comparison (CHECKPOINT=FILE to give one)
-	$(BIN)/pytest -m gpu
-	$(BIN)/icnet bench latency --device cuda $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)')
+gpu-check: .venv-gpu/ready  ## on a machine with a GPU: whatever needs one, compared with the CPU (CHECKPOINT=FILE to give a network)
+	.venv-gpu/bin/icnet bench gpu-check $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)')
 
 weights: .venv/test  ## train the demo checkpoint again and measure it (needs npm and apt-get; two hours)
 	$(MAKE) -C weights
 
 clean:
-	rm -rf build .venv
+	rm -rf build .venv .venv-gpu
 
 .venv/%: pyproject.toml constraints.txt
 	@echo "Setting up .venv (minutes the first time: it installs PyTorch)"
@@ -42,4 +41,18 @@ clean:
 .venv/demo: EXTRAS := cpu,opencv,export
 .venv/bench: EXTRAS := cpu,mnn,export,bench
 .venv/test: EXTRAS := cpu,mnn,opencv,export,evaluate,calibrate,train,test
-.venv/gpu: EXTRAS := cpu,opencv,export,evaluate,calibrate,train,test,gpu
+
+# An environment of its own: onnxruntime-gpu can't be beside onnxruntime. NVIDIA's tensorrt runs on every card that has
+# compute capability 7.5 or more; TensorRT-RTX, which is on PyPI, takes its place on some of them.
+.venv-gpu/ready: PIP := .venv-gpu/bin/pip install --quiet
+.venv-gpu/ready: CAPABILITY = nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1
+.venv-gpu/ready: pyproject.toml constraints.txt
+	@nvidia-smi > /dev/null 2>&1 || { echo "no NVIDIA driver or GPU: nvidia-smi does not run"; exit 1; } >&2
+	@command -v nvcc > /dev/null || { echo "no nvcc on the PATH: PyCUDA is compiled with the CUDA toolkit"; exit 1; } >&2
+	@echo "Setting up .venv-gpu (minutes the first time: it installs PyTorch, CUDA and TensorRT)"
+	@test -d .venv-gpu || $(PYTHON) -m venv .venv-gpu
+	$(PIP) --constraint constraints.txt --editable ".[cuda,export,calibrate,gpu]"
+	$(PIP) 'tensorrt>=10.1' || case "$$($(CAPABILITY))" in \
+	7.5|8.6|8.9|12.*) echo "NVIDIA's tensorrt can't be installed: TensorRT-RTX takes its place" && $(PIP) --constraint constraints.txt tensorrt-rtx ;; \
+	*) echo "NVIDIA's tensorrt can't be installed, which this GPU needs (compute capability $$($(CAPABILITY)))" >&2; exit 1 ;; esac
+	@touch $@

@@ -35,6 +35,7 @@ COMMANDS = {
     "bench throughput": ("benchmarks.throughput", "cpu", "groups per second from many threads, queue time, idle share"),
     "bench scaling": ("benchmarks.scaling", "cpu", "time and memory by group size, in chunks, and packed"),
     "bench roofline": ("benchmarks.roofline", "cpu,export", "operations, bytes, the machine's bound, costliest nodes"),
+    "bench gpu-check": ("benchmarks.gpu_check", "export,calibrate,gpu", "whatever needs a GPU, compared with the CPU"),
     "bench report": ("benchmarks.report", "cpu,export,bench", "tables and plots of the documents from the results"),
     "data cutouts": ("training.cutouts", "train", "cut-outs sorted by class, from open emoji sets"),
     "data paste": ("training.groups", "train", "groups with ground truths, made by cut and paste"),

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.records import Latency, Record, Roofline, RunnerRow, ScaledModel, Scaling, Throughput
+from benchmarks.cards import REALISTIC
+from benchmarks.records import GpuCheck, Latency, Record, Roofline, RunnerRow, ScaledModel, Scaling, Throughput
 from benchmarks.render import NOTHING, Page, Plot, Table, brief
 from benchmarks.timing import interval, line
 
@@ -216,11 +217,23 @@ def roofline(results: Roofline) -> Page:
     peak, rate = results["matrix_product_flop_per_s"], results["copy_bytes_per_s"]
     where = f"{results['card']}, {results['precision']}" if "card" in results else "measured"
     work = f"{results['flop'] / 1e9:.1f} GFLOP, {results['bytes'] / 1e9:.2f} GB if every node reads and writes memory"
-    bounds = f"{results['bound_s'] * 1e3:.3g} ms ({results['bound_by_node_s'] * 1e3:.3g} ms node by node)"
+    bounds = f"{results['bound_s'] * 1e3:.3g} ms"
+    if "card" not in results:
+        bounds += f" ({results['bound_by_node_s'] * 1e3:.3g} ms node by node)"
     parts: list[Table | str] = [
         f"{where}: {peak / 1e9:.0f} GFLOP/s (matrix product), {rate / 1e9:.0f} GB/s (copy)",
         f"group of {results['n']}: {work}; bound {bounds}",
     ]
+    if "card" in results:
+        most = results["n"] / results["bound_s"]
+        low, high = REALISTIC
+        held, size = results["least_memory_bytes"] / 1e6, results["card_memory_bytes"] / 1e9
+        parts[1:] = [
+            f"group of {results['n']}: {work}",
+            f"at most {most:.0f} images/s: at least {bounds}",
+            f"realistic, {low:.0%} to {high:.0%} of that: {low * most:.0f} to {high * most:.0f} images/s",
+            f"memory: at least {held:.0f} MB of {size:.0f} GB: weights, and inputs and outputs of the largest product",
+        ]
     if "median_s" in results:
         took, share = results["median_s"], results["share_of_bound"]
         reached = f"{results['flop'] / took / 1e9:.0f} GFLOP/s, {share:.0%} of the bound"
@@ -280,9 +293,33 @@ def _draw_roofline(results: Roofline, figure: "Figure") -> None:
             handle.set_sizes([40])
 
 
+def gpu_check(results: GpuCheck) -> Page:
+    """Every check, what is missing, and the verdict."""
+    rows = []
+    for row in results["checks"]:
+        figures = row["figures"]
+        cells = [_cell(figures, "mean_difference", 1, ".0e"), _cell(figures, "bound", 1, ".0e")]
+        cells += [_cell(figures, "median_s", 1e3, ".2f"), f"{row['seconds']:.1f}"]
+        rows.append([row["name"], row["outcome"], *cells])
+    heading = ["check", "outcome", "|Δ| CPU", "allowed", "ms, N = 5", "took, s"]
+    parts: list[Table | str] = [Table(f"Checks with {results['model']['name']}", heading, rows, texts=2)]
+    by_reason: dict[str, list[str]] = {}
+    for row in results["checks"]:
+        if "why" in row:
+            by_reason.setdefault(f"{row['outcome']}: {row['why']}", []).append(row["name"])
+    parts += [
+        f"{why} ({len(names)} checks)" if len(names) > 1 else f"{names[0]} {why}" for why, names in by_reason.items()
+    ]
+    passed = sum(row["outcome"] == "passed" for row in results["checks"])
+    verdict = "green" if passed == len(rows) and rows and not results["interrupted"] else "red"
+    parts.append(f"{verdict}: {passed} of {len(rows)} checks passed, of {' and '.join(results['engines'])}")
+    return _page(results, parts)
+
+
 PAGES: dict[str, Callable[[Any], Page]] = {
     "latency": latency,
     "throughput": throughput,
     "scaling": scaling,
     "roofline": roofline,
+    "gpu-check": gpu_check,
 }

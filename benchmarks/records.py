@@ -8,7 +8,7 @@ from runtime import InputError
 
 SCHEMA = 1  # goes up when a change makes older files unreadable
 
-Kind = Literal["latency", "throughput", "scaling", "roofline"]
+Kind = Literal["latency", "throughput", "scaling", "roofline", "gpu-check"]
 
 
 class Gpu(TypedDict, total=False):
@@ -233,10 +233,30 @@ class Roofline(Record):
     bound_s: float
     bound_by_node_s: float
     nodes: list[NodeRow]
-    card: NotRequired[str]  # these two of a card, or else the next two
+    card: NotRequired[str]  # these four of a card, or else the next two of a model that was run
     precision: NotRequired[str]
+    least_memory_bytes: NotRequired[int]
+    card_memory_bytes: NotRequired[float]
     median_s: NotRequired[float]
     share_of_bound: NotRequired[float]
+
+
+class CheckRow(TypedDict):
+    """One check; the figures' names end in `_s` and `_bytes` where they are seconds and bytes."""
+
+    name: str
+    outcome: Literal["passed", "failed", "could not"]
+    seconds: float
+    figures: dict[str, float]
+    why: NotRequired[str]
+
+
+class GpuCheck(Record):
+    """`icnet bench gpu-check`: `engines` are those that were asked for."""
+
+    model: NamedFile
+    engines: list[str]
+    checks: list[CheckRow]
 
 
 def load(path: Path) -> Any:

@@ -1,8 +1,8 @@
 """`icnet bench report`: the tables and plots of the documents, made from the JSON files in `benchmarks/results/`.
 
-They stand between a pair of comments, `<!-- results: NAME -->` and `<!-- end of results -->`. NAME.json was written by
-`icnet bench latency`, `scaling`, `throughput` or `roofline` with --output. `<!-- results: NAME summary -->` is for one
-small table, of latency only. A plot notes the digest of the JSON file that it was drawn from.
+In a page, a pair of comments holds what is made: `<!-- results: NAME -->` and `<!-- end of results -->`. NAME.json is
+what `icnet bench latency`, `scaling`, `throughput`, `roofline` or `gpu-check` wrote with --output. `<!-- results: NAME
+summary -->` asks for one small table, of latency only. A plot notes the digest of the JSON file that it was drawn from.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from benchmarks.render import Page, Plot, to_markdown, to_png
 from runtime import InputError
 from runtime.files import digest, replacing, write_bytes
 
-DOCUMENTS = [Path("docs/benchmarks.md"), Path("README.md")]
+DOCUMENTS = [Path("docs/benchmarks.md"), Path("docs/gpu.md"), Path("README.md")]
 RESULTS = Path("benchmarks/results")
 BLOCK = re.compile(r"(<!-- results: (\w+)( summary)? -->\n).*?(<!-- end of results -->)", re.DOTALL)
 

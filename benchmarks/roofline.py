@@ -7,7 +7,7 @@ matrix-product rate and bytes over the copy rate. It is given for the whole file
 outputs are moved, and node by node, where every node reads and writes memory. An engine that needs fewer
 multiplications (Winograd) can be faster than either.
 
-With --card nothing is run: the rates are those of NVIDIA's data sheets.
+With --card nothing is run: the bound is that of a card's data sheet (`benchmarks/cards.py`).
 """
 
 import argparse
@@ -27,6 +27,7 @@ from rich.progress import Progress
 
 from benchmarks import describe
 from benchmarks.agreement import prepare
+from benchmarks.cards import CARDS
 from benchmarks.command import add_common_arguments, measuring, number
 from benchmarks.machine import copy, header, matrix_product
 from benchmarks.records import NodeRow, Roofline
@@ -40,16 +41,6 @@ from runtime.errors import one_line
 from runtime.files import digest
 
 INSERTED = "layout"  # the table's name for nodes that ONNX Runtime adds
-# FLOP/s of dense matrix products (no sparsity) with FP32 as FP32, and in FP16; bytes/s. From NVIDIA's data sheets.
-CARDS = {
-    "v100-sxm2": {"fp32": 15.7e12, "fp16": 125e12, "copy": 900e9},
-    "a100-sxm-40gb": {"fp32": 19.5e12, "fp16": 312e12, "copy": 1555e9},
-    "a100-sxm-80gb": {"fp32": 19.5e12, "fp16": 312e12, "copy": 2039e9},
-    "a10": {"fp32": 31.2e12, "fp16": 125e12, "copy": 600e9},
-    "l4": {"fp32": 30.3e12, "fp16": 121e12, "copy": 300e9},
-    "h100-sxm": {"fp32": 67e12, "fp16": 989e12, "copy": 3350e9},
-    "h200-sxm": {"fp32": 67e12, "fp16": 989e12, "copy": 4800e9},
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", type=number(), default=5, metavar="N", help="images in the group (default 5)")
     add("--rounds", type=number(), default=7, help="timed calls (default 7)")
     add("--card", choices=CARDS, help="only the bound, for this card")
-    add("--precision", choices=["fp32", "fp16"], help="with --card: of its products (default: as the file says)")
+    precisions = ["fp32", "fp16", "int8"]
+    add("--precision", choices=precisions, help="with --card: of its products (default: as the file says)")
     add("--plot", type=Path, metavar="PNG", help="draw the roofline with every node")
     add_common_arguments(parser, device=False)
 
@@ -114,8 +106,14 @@ def _fill(results: Roofline, args: argparse.Namespace, folder: Path, progress: P
     if args.card:
         kinds = [tensor.data_type for tensor in weights]
         half = kinds.count(onnx.TensorProto.FLOAT16) > kinds.count(onnx.TensorProto.FLOAT)
-        results["card"], results["precision"] = args.card, args.precision or ("fp16" if half else "fp32")
-        _bound(results, nodes, CARDS[args.card][results["precision"]], CARDS[args.card]["copy"])
+        card, precision = CARDS[args.card], args.precision or ("fp16" if half else "fp32")
+        if precision not in card.rates:
+            known = " and ".join(card.rates)
+            raise InputError(f"--card {args.card}: its {precision} rate is not known; give --precision {known}")
+        results["card"], results["precision"] = args.card, precision
+        results["least_memory_bytes"] = least_memory(path, nodes)
+        results["card_memory_bytes"] = card.memory_bytes
+        _bound(results, nodes, card.rates[precision], card.bytes_per_s)
     else:
         measure(results, path, nodes, args.rounds, folder, lambda: progress.advance(bar))
 
@@ -123,6 +121,18 @@ def _fill(results: Roofline, args: argparse.Namespace, folder: Path, progress: P
 def bound(nodes: Sequence[Node], flop_per_s: float, bytes_per_s: float) -> float:
     """Seconds that the nodes take at least, if each reads and writes memory."""
     return sum(max(node.flop / flop_per_s, node.bytes / bytes_per_s) for node in nodes)
+
+
+def least_memory(path: Path, nodes: Sequence[Node]) -> int:
+    """Bytes that any engine must hold at once: the weights, and what goes into and out of the largest product."""
+    graph = load_model(path).graph
+    weights = {tensor.name: onnx.numpy_helper.to_array(tensor).nbytes for tensor in graph.initializer}
+    moved = [
+        node.bytes - sum(weights.get(name, 0) for name in source.input)
+        for node, source in zip(nodes, graph.node, strict=True)
+        if node.flop
+    ]
+    return sum(weights.values()) + max(moved, default=0)
 
 
 def levels(models: Mapping[str, Sequence[Node]]) -> dict[str, dict[str, int]]:

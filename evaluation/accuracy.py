@@ -24,6 +24,7 @@ from evaluation.dataset import BUILTIN, Dataset, Maps, evaluate, find_dataset
 from evaluation.metrics import BETA2, TITLES
 from evaluation.record import SISMS, labels, recording, versions
 from runtime import DependencyError, InputError, Predictor
+from runtime.commands.device import add_device_argument, providers
 from runtime.errors import how_to_install
 from runtime.files import bank_files, check_outputs, digest, same_file, write_picture
 from training.groups import add_group_arguments, add_material_arguments
@@ -112,6 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sisms = "folder with GROUP/NAME.png (several data sets: DATA/GROUP/NAME.png); default: sism in each data set; or "
     add("-s", "--sisms", metavar="DIR", help=f"{sisms}'{BUILTIN}': OpenCV's static saliency, a weak stand-in")
     add("-t", "--threads", type=int, metavar="N", help="CPU threads of a model (default: one per core)")
+    add_device_argument(add)
     add("-o", "--output", type=Path, metavar="JSON", help="write the results, with all curves")
     add("--plot", type=Path, metavar="PNG", help="draw the curves: precision over recall, or max F and MAE")
     modes = parser.add_argument_group(
@@ -190,7 +192,7 @@ def _measure_one(dataset: Dataset, args: argparse.Namespace, progress: Progress)
         if model.is_dir():
             score(label, str(model), dataset.read(dataset.maps_in(_folder_of(dataset.path, model, args))))
         else:
-            with Predictor(model, threads=args.threads) as predictor:
+            with Predictor(model, threads=args.threads, providers=providers(args.device, model)) as predictor:
                 score(label, str(model), predictor.predict_groups(dataset.inputs()), digest(model))
     return DatasetScores(dataset.name, str(dataset.path), len(dataset.groups), dataset.images, empty, rows)
 

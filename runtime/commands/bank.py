@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     (group,) = find_groups(args.path, sism_folder(args.path, args.sisms))
     models = model_files(args.model, banks_only=True).values()
     check_outputs([args.output], [args.model, *models, *group.images, *(group.sisms or ())])
-    with open_predictor(args.model, args.threads, banks_only=True) as predictor:
+    with open_predictor(args.model, args.threads, True, args.device) as predictor:
         pixels = predictor.pipeline.read(group.images, group.sisms, kept=True)
         bank = predictor.bank(pixels.images, pixels.sisms)
     bank.save(args.output)

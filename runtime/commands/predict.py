@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from runtime.bank import Bank
 from runtime.commands.contact_sheet import contact_sheet
+from runtime.commands.device import add_device_argument, providers
 from runtime.commands.results import SHEET, GroupResults
 from runtime.errors import ICNetError, InputError, ModelError
 from runtime.files import bank_files, digest
@@ -60,6 +61,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         f"or '{BUILTIN}': OpenCV's static saliency, a weak stand-in",
     )
     parser.add_argument("-t", "--threads", type=int, help="CPU threads (default: one per core)")
+    add_device_argument(parser.add_argument)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     bank = None if args.bank is None else Bank.load(args.bank)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     failed = skipped = 0
-    with open_predictor(args.model, args.threads, banks_only=bank is not None) as predictor:
+    with open_predictor(args.model, args.threads, bank is not None, args.device) as predictor:
         if args.pack and not predictor.packed:
             raise InputError(
                 f"{args.model}: takes one group at a time; --pack takes a model from icnet export --packed"
@@ -139,20 +141,22 @@ def writes(
     return [*(partial(write_map, *one) for one in zip(group.images, maps, pixels.sizes, strict=True)), write_sheet]
 
 
-def open_predictor(model: Path, threads: int | None, banks_only: bool) -> Predictor:
+def open_predictor(model: Path, threads: int | None, banks_only: bool, device: str | None) -> Predictor:
     """The Predictor of a model and of the bank export beside it, if there is one.
 
     Args:
         model: a model file; or the name that a bank export was given, which has no file of that name.
         threads: CPU threads.
         banks_only: leave the model itself out.
+        device: the value of --device.
 
     Raises:
+        InputError: the files don't run on that device.
         ModelError: no such files, or they can't be used.
     """
     files = model_files(model, banks_only)
     banks = (files["intra"], files["banked"]) if "banked" in files else None
-    return Predictor(files.get("model"), bank=banks, threads=threads)
+    return Predictor(files.get("model"), bank=banks, threads=threads, providers=providers(device, model))
 
 
 def model_files(model: Path, banks_only: bool) -> dict[str, Path]:

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from benchmarks import roofline
+from benchmarks.cards import CARDS
 from benchmarks.describe import PAGES
 from benchmarks.render import to_markdown
 from export.onnx_file import Node, count, total_flop
@@ -72,7 +73,33 @@ def test_the_bound_of_a_card(icnet, model_file, tmp_path):
     compute = results["flop"] / 67e12
     move = (results["weight_bytes"] + 7 * 224 * 224 * (3 + 1 + 4)) / 3350e9
     assert results["bound_s"] == pytest.approx(max(compute, move))
-    assert "h100-sxm, fp32" in "\n".join(to_markdown(PAGES["roofline"](results), "x.png"))
+    page = "\n".join(to_markdown(PAGES["roofline"](results), "x.png"))
+    assert "h100-sxm, fp32" in page
+    most = 7 / results["bound_s"]
+    assert f"at most {most:.0f} images/s" in page
+    assert f"30% to 70% of that: {0.3 * most:.0f} to {0.7 * most:.0f} images/s" in page
+    # The first convolution of VGG16's second layer has the largest tensors: width · 64 channels, in and out, in FP32.
+    largest = 2 * 7 * 8 * 224 * 224 * 4
+    assert results["least_memory_bytes"] >= results["weight_bytes"] + largest
+    assert "of 80 GB" in page
+
+
+def test_a_rate_that_is_not_known_is_said(icnet, model_file):
+    code, _, err = icnet("bench", "roofline", model_file, "--card", "rtx-3090", "--precision", "int8")
+    assert code == 2
+    assert err.endswith("--card rtx-3090: its int8 rate is not known; give --precision fp32 and fp16\n")
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+def test_the_figures_of_a_card(card):
+    """Plausible, in the right units, and each with an address."""
+    assert 5e12 <= card.rates["fp32"] <= 1e14
+    assert card.rates.get("fp16", card.rates["fp32"] * 4) >= 3 * card.rates["fp32"]
+    assert card.rates.get("int8", 1e18) >= 1.5 * card.rates.get("fp16", 0)
+    assert 1e11 < card.bytes_per_s < 1e13
+    assert 8e9 <= card.memory_bytes < 1e12
+    assert card.sources
+    assert all(source.startswith("http") for source in card.sources)
 
 
 def test_a_nodes_bound_is_its_products_or_its_bytes():

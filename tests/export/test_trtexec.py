@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -107,3 +108,14 @@ def test_trtexec_of_a_bank_export(icnet, exports, no_tensorrt):
         "build", "--onnx", exports.with_name("icnet.packed.onnx"), "--output", "x", "--max", 9, "--trtexec"
     )
     assert "--maxShapes=images:9x224x224x3,sisms:9x224x224,groups:9 " in out
+
+
+def test_the_page_on_gpus_shows_what_is_printed(icnet, model_file, tmp_path, monkeypatch):
+    (tmp_path / "icnet.fp16.onnx").write_bytes(model_file.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    options = ("--onnx", "icnet.fp16.onnx", "--output", "icnet.engine", "--max", 64)
+    code, out, _ = icnet("build", *options, "--trtexec")
+    assert code == 0
+    page = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert f"icnet build {' '.join(map(str, options))}\n" in page
+    assert " ".join(out.split()) in " ".join(page.replace("\\\n", " ").split())
