@@ -162,24 +162,26 @@ def main() -> int:
     add("--seed", type=int, help="the first case")
     add("--count", type=int, help="how many from --seed on (default 1)")
     add("--share", type=float, default=1, help="of the cases of every kind (default 1)")
+    add("--sample", action="store_true", help="the cases of make test")
     add("--write", action="store_true", help="write the table into docs/reliability.md")
     add("--child", action="store_true", help=argparse.SUPPRESS)
-    add("--exports", type=Path, help=argparse.SUPPRESS)
+    add("--exports", type=Path, help="a folder with exports0/ and exports1/, which make_exports filled earlier")
     args = parser.parse_args()
     if args.child:
         args.kind = args.kind[0]
         return child(args)
-    folder = Path(tempfile.mkdtemp(prefix="icnet-faults-"))
+    folder = args.exports or Path(tempfile.mkdtemp(prefix="icnet-faults-"))
     folder.chmod(0o755)
     counts: dict[str, list[int]] = {}
     failures: list[str] = []
     try:
-        make_exports(folder)
+        if args.exports is None:
+            make_exports(folder)
         for name in args.kind or KINDS:
             kind, began = KINDS[name], time.monotonic()
-            first, count = (
-                (0, max(1, round(kind.full * args.share))) if args.seed is None else (args.seed, args.count or 1)
-            )
+            first, count = args.seed or 0, args.count or 1
+            if args.seed is None:
+                count = kind.sample if args.sample else max(1, round(kind.full * args.share))
             counts[name] = [0, 0]
             for _, failure, _ in isolated(kind, range(first, first + count), folder):
                 counts[name][0] += 1
@@ -192,7 +194,8 @@ def main() -> int:
                 flush=True,
             )
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if args.exports is None:
+            shutil.rmtree(folder, ignore_errors=True)
     print(table(counts), end="")
     if args.write:
         text = PAGE.read_text(encoding="utf-8")

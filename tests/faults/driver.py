@@ -6,6 +6,7 @@ Exports come from the tests' cache, so that one takes seconds.
 import sys
 
 import icnet_cli
+import runtime  # noqa: F401  (until it is imported, Python itself answers to signals)
 
 if sys.argv[1] == "export":
     import torch

@@ -284,9 +284,9 @@ def descriptors(lab: Lab, case: Case) -> None:
 
 
 KINDS = (
-    Kind("kills", "predict (plain, packed, in chunks, with a bank) and bank, killed, then run again", kills, 5, 300),
+    Kind("kills", "predict (plain, packed, in chunks, with a bank) and bank, killed, then run again", kills, 2, 300),
     Kind("killed-exports", "export, killed, then run again", killed_exports, 0, 30),
-    Kind("disks", "predict and bank on a full disk or with a limit of file sizes, then again with room", disks, 4, 150),
+    Kind("disks", "predict and bank on a full disk or with a limit of file sizes, then again with room", disks, 2, 150),
     Kind("full-exports", "export with a limit of file sizes, then without", full_exports, 0, 10),
     Kind("races", "two runs into one folder at once", races, 1, 60),
     Kind("closing", "close() while threads compute", closing, 4, 100),
