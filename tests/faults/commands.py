@@ -46,7 +46,7 @@ def records(lab: Lab, case: Case) -> None:
             "mine.txt",
             "../cow/mine.txt",
         ]
-        odd += ["a\0b", "\ud800", "..", ".", "", "/", "~", "x" * 5000, "icnet.json"]
+        odd += ["mine.txt", "a\0b", "\ud800", "..", ".", "", "/", "~", "x" * 5000, "icnet.json"]
         for _ in range(int(case.rng.integers(1, 4))):
             content["files"][case.one_of(odd)] = case.one_of([None, "00" * 32, 5, "", hostile_json(case)])
         case.tried += f"{sorted(content['files'])!r:.200}; "
@@ -159,12 +159,8 @@ def arguments(lab: Lab, case: Case) -> None:
     fifo, folder = case.folder / "fifo", case.folder / "folder"
     os.mkfifo(fifo)
     folder.mkdir()
-    values = [
-        *["", ".", "/", "-1", "0", "1e9", "nan", "x", "/dev/null", "/no/such", "/proc/self/mem"],
-        fifo,
-        folder,
-        "a\udcffb",
-    ]
+    values = ["", ".", "/", "-1", "0", "1e9", "nan", "x", "/dev/null", "/no/such", "/proc/self/mem", "a\udcffb"]
+    values += [fifo, folder]
     values += [lab.models["plain"], lab.data / "img/cow", lab.data / "img/cow/00.png", *HOSTILE_TEXTS[:6]]
     options = "-m --model -o --output -s --sisms -t --threads --resume --pack --bank --onnx --checkpoint --max --groups"
     options = [*options.split(), *["--models", "--plot", "--cache", "--backend", "--network", "--io", "--no"]]
