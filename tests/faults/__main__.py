@@ -75,11 +75,14 @@ def run_case(lab: Lab, kind: Kind, seed: int) -> str | None:
 
 def make_exports(folder: Path) -> tuple[Path, Path]:
     """Exports of two narrow networks, from the tests' cache where they are there."""
+    import logging
+
     import torch
 
     from tests.export_cache import ExportCache
     from tests.helpers import random_network, write_exports
 
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision is not installed
     found = []
     kept, torch.onnx.export = torch.onnx.export, ExportCache(torch.onnx.export)
     try:
@@ -96,7 +99,7 @@ def child(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="lab-", dir=args.exports) as folder:
         Path(folder).chmod(0o755)
         found = [args.exports / f"exports{i}/icnet.onnx" for i in range(2)]
-        with Lab(*found, Path(folder)) as lab:
+        with Lab(found[0], lambda: found[1], Path(folder)) as lab:
             out = sys.stdout
             for seed in range(args.seed, args.seed + args.count):
                 print(json.dumps(["begin", seed, None]), file=out, flush=True)

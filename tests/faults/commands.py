@@ -252,7 +252,7 @@ def resume(lab: Lab, case: Case) -> None:
 
     def other_models() -> None:
         for file in models.iterdir():
-            shutil.copy(lab.other.with_name(file.name), file)
+            shutil.copy(lab.other().with_name(file.name), file)
         if mode == "bank":  # and its bank with it
             settle(command("bank", data / "img/bee", "-s", data / "sism/bee", "-m", models / "icnet.onnx", "-o", bank))
 

@@ -101,11 +101,11 @@ class Lab:
 
     Args:
         exports: icnet.onnx with its three siblings.
-        other: the same of a network with other weights.
+        other: makes the same of a network with other weights, when they are needed.
         folder: for all else.
     """
 
-    def __init__(self, exports: Path, other: Path, folder: Path) -> None:
+    def __init__(self, exports: Path, other: Callable[[], Path], folder: Path) -> None:
         self.exports, self.other, self.folder = exports, other, folder
         self._seconds: dict[str, float] = {}
         self.models: dict[str, Path] = {}

@@ -31,8 +31,8 @@ from tests.faults.lab import ROOT
 
 WIDTH = 1 / 16
 FAULT_EVERY = 100
-SMALL, LARGE = 4, 12  # images of a group: packed; in chunks
-CHUNK = 5  # images
+SMALL, LARGE = 3, 7  # images of a group at most: packed; in chunks
+CHUNK = 3  # images
 SIDE = 64  # pixels at most
 TOLERANCE = 2e-5  # between a group alone and in a batch with others
 WARM_UP = 0.2  # of the groups: allocators and pools have all they take by then
@@ -167,6 +167,8 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
 def make_models(folder: Path) -> tuple[Path, tuple[Path, Path]]:
     """A packed export and a bank export of a random network, from the tests' cache where they are there."""
+    import logging
+
     import torch
 
     from export.to_onnx import weights_digest, write_onnx
@@ -174,6 +176,7 @@ def make_models(folder: Path) -> tuple[Path, tuple[Path, Path]]:
     from tests.export_cache import ExportCache
     from tests.helpers import random_network
 
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision is not installed
     kept, torch.onnx.export = torch.onnx.export, ExportCache(torch.onnx.export)
     try:
         network = random_network(WIDTH)

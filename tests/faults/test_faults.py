@@ -3,6 +3,7 @@
 import faulthandler
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,10 @@ SAMPLES = [kind for kind in KINDS.values() if kind.sample]
 
 @pytest.fixture(scope="module")
 def lab(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    other = write_exports(tmp_path_factory.mktemp("other"), random_network(1 / 32, seed=1))
+    @cache
+    def other() -> Path:
+        return write_exports(tmp_path_factory.mktemp("other"), random_network(1 / 32, seed=1))
+
     with Lab(exports, other, tmp_path_factory.mktemp("lab")) as lab:
         for folder in (lab.folder, *lab.folder.parents[:2]):
             folder.chmod(0o755)  # for the cases that run without privileges
