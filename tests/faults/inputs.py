@@ -67,7 +67,13 @@ def images(lab: Lab, case: Case, in_memory: bool = False) -> None:
         path.write_bytes(content)
         sism = picture(case).convert("L")
         source = case.one_of([content, io.BytesIO(content)]) if in_memory else path
-        found, error = attempt(lambda: lab.predictor([source], [sism]))
+        # libtiff writes to standard error by itself; the commands, whose process is their own, stop that
+        found, error = attempt(lambda: lab.predictor([source], [sism]), quiet="TIFF" not in case.tried)
+        if not in_memory and case.rng.random() < 0.1:
+            sism.save(case.folder / "sism.png")
+            argv = ["predict", path, "-s", case.folder / "sism.png", "-m", lab.models["plain"], "-t", "1"]
+            done = settle(command(*argv, "-o", case.folder / "out"))
+            assert done == (error is None), f"the command and the call differ: {error}"
         with captured():
             try:
                 image = plainly(content)
@@ -477,9 +483,9 @@ def streams(lab: Lab, case: Case) -> None:
 
 
 KINDS = (
-    Kind("images", "damaged images of 40 encodings, as files", images, 80, 2000),
+    Kind("images", "damaged images of 40 encodings, as files", images, 40, 2000),
     Kind("images-in-memory", "the same as bytes and BytesIO", images_in_memory, 20, 400),
-    Kind("sources", "hostile arrays, PIL images and other objects", sources, 60, 1000),
+    Kind("sources", "hostile arrays, PIL images and other objects", sources, 40, 1000),
     Kind("models", "damaged ONNX files of all four kinds", models, 16, 400),
     Kind("foreign-models", "other files in a model's place", foreign_models, 8, 100),
     Kind("mnn-models", "damaged MNN files", mnn_models, 1, 60),
