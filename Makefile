@@ -21,7 +21,7 @@ lint: .venv/test  ## style, types, and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-faults: .venv/test  ## every fault case (an hour on two cores), and their table in docs/reliability.md
+faults: .venv/test  ## every fault case (an hour or two on two cores), and their table in docs/reliability.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --write
 
 soak: .venv/test  ## GROUPS small groups from 8 threads; memory over time goes to docs/soak.png

@@ -488,7 +488,7 @@ KINDS = (
     Kind("sources", "hostile arrays, PIL images and other objects", sources, 40, 1000),
     Kind("models", "damaged ONNX files of all four kinds", models, 16, 400),
     Kind("foreign-models", "other files in a model's place", foreign_models, 8, 100),
-    Kind("mnn-models", "damaged MNN files", mnn_models, 1, 60),
+    Kind("mnn-models", "damaged MNN files", mnn_models, 0, 60),
     Kind("checkpoints", "damaged and foreign checkpoints", checkpoints, 8, 300),
     Kind("banks", "damaged and lying banks", banks, 60, 1000),
     Kind("caches", "damaged calibration caches and precision plans", caches, 20, 300),
