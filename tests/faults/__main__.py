@@ -185,6 +185,8 @@ def main() -> int:
             first, count = args.seed or 0, args.count or 1
             if args.seed is None:
                 count = kind.sample if args.sample else max(1, round(kind.full * args.share))
+            if count == 0:
+                continue
             counts[name] = [0, 0]
             for _, failure, _ in isolated(kind, range(first, first + count), folder):
                 counts[name][0] += 1
