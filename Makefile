@@ -1,8 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SAMPLE := tests/data/pasted
+GROUPS := 100000
 
-.PHONY: demo test lint bench gpu-check weights clean
+.PHONY: demo test lint bench faults soak gpu-check weights clean
 
 demo: .venv/demo  ## set up, export the demo checkpoint, run it on groups that it has never seen
 	@mkdir -p build
@@ -19,6 +20,12 @@ lint: .venv/test  ## style, types, and the direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+faults: .venv/test  ## every fault case (an hour or two on two cores), and their table in docs/reliability.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --write
+
+soak: .venv/test  ## GROUPS small groups from 8 threads; memory over time goes to docs/soak.png
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak --groups $(GROUPS)
 
 bench: .venv/bench  ## latency and memory, side by side
 	$(BIN)/icnet bench latency --output build/latency.json

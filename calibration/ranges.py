@@ -134,7 +134,7 @@ def read_cache(path: Path, key: dict[str, str]) -> tuple[Ranges | None, str]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         found, ranges = content["key"], {str(name): float(limit) for name, limit in content["ranges"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError):
         return None, "it is not a calibration cache"
     changed = [what for what in key if found.get(what) != key[what]]
     return (None, f"of another {' and '.join(changed)}") if changed else (ranges, "")

@@ -126,7 +126,7 @@ def read_precision_plan(path: Path, model: ExportedModel) -> list[str]:
     """
     try:
         layers = json.loads(path.read_text(encoding="utf-8"))["float_layers"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, RecursionError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a precision plan; icnet calibrate --max-drop writes one") from error
     known = {layer.name for layer in model.candidates}
     if not isinstance(layers, list) or not {*map(str, layers)} <= known:

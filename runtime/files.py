@@ -68,7 +68,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         OutputError: the folder can't be made or written to, or `path` is a folder, a device or the like.
     """
-    target = Path(os.path.realpath(path))
+    try:
+        target = Path(os.path.realpath(path))
+    except (TypeError, ValueError) as error:  # no path at all, or a null byte in it
+        raise OutputError(f"{path!r}: can't be written: {error}") from error
     with output_errors(Path(path)):
         if target.exists() and not target.is_file():
             kind = "a folder" if target.is_dir() else "not a regular file"

@@ -187,6 +187,8 @@ def read_image(source: ImageSource, name: str, mode: str, behind: tuple[int, int
         name = os.fspath(source)
         image = _open_path(name)
     elif isinstance(source, bytes | bytearray | BytesIO):
+        if isinstance(source, BytesIO) and source.closed:
+            raise InputError(f"{name}: a closed file")
         content = source.getvalue() if isinstance(source, BytesIO) else source
         if not content:
             raise InputError(f"{name}: no bytes")

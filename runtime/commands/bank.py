@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from runtime.commands.predict import add_model_arguments, model_files, open_predictor, sism_folder
-from runtime.errors import InputError
+from runtime.errors import InputError, printable
 from runtime.files import check_outputs
 from runtime.groups import find_groups
 
@@ -33,5 +33,5 @@ def run(args: argparse.Namespace) -> int:
         pixels = predictor.pipeline.read(group.images, group.sisms, kept=True)
         bank = predictor.bank(pixels.images, pixels.sisms)
     bank.save(args.output)
-    print(f"{args.output}: {len(bank)} image{'s' * (len(bank) != 1)}, for icnet predict --bank")
+    print(f"{printable(args.output)}: {len(bank)} image{'s' * (len(bank) != 1)}, for icnet predict --bank")
     return 0

@@ -15,7 +15,7 @@ from runtime.bank import Bank
 from runtime.commands.contact_sheet import contact_sheet
 from runtime.commands.device import add_device_argument, providers
 from runtime.commands.results import SHEET, GroupResults
-from runtime.errors import ICNetError, InputError, ModelError
+from runtime.errors import ICNetError, InputError, ModelError, printable
 from runtime.files import bank_files, digest
 from runtime.groups import Group, check_folder, find_groups
 from runtime.pipeline import GroupPixels, Task
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"{failed} of {len(groups)} groups failed; mend them and go on with --resume")
     if failed < len(groups):
         folder = args.output / (groups[0].name if len(groups) == 1 else "GROUP")
-        print(f"maps: {folder}/*.png, to look at: {folder / SHEET}")
+        print(printable(f"maps: {folder}/*.png, to look at: {folder / SHEET}"))
     return 2 if failed else 0
 
 
