@@ -11,37 +11,32 @@ import argparse
 import copy
 import logging
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import nn
 
-from export.checkpoint import weights_digest
 from export.egnet import EGNet, load_egnet
-from export.fp16 import TARGET, round_to_half
-from export.onnx_file import save_model
-from export.proof import Difference
-from export.to_onnx import OPSET
-from runtime import __version__
-from runtime.contract import WEIGHTS, TensorSpec
-from runtime.errors import InputError, ModelError
-from runtime.files import check_outputs, digest, replacing
+from export.fp16 import TARGET
+from export.noise import vary
+from export.onnx_file import cpu_session
+from export.proof import Difference, Result, Subject, check, pooled, table
+from export.trace import provenance_of, trace
+from runtime.contract import TensorSpec
+from runtime.errors import InputError
+from runtime.files import check_outputs, replacing
 
 INPUT = TensorSpec("images", "uint8", ("B", "H", "W", 3))  # RGB, any height and width
 OUTPUT = TensorSpec("sisms", "float32", ("B", "H", "W"))  # in [0, 1]
 
-# FP32: two by the triangle inequality of `proof.py`, twice that because floors are draws. FP16: three, as there.
-ALLOWED_FLOORS = {"fp32": 4.0, "fp16": 3.0}
-NEGLIGIBLE = 1e-6  # a sigmoid's own rounding, of a network with hardly any floor
+# 1e-6: the rounding of a sigmoid, of a network with hardly any floor.
+SISMS = Subject("SISMs", "the PyTorch network", "images", 1e-6, 1e-6)
 
 
 def smooth_images(batch: int, height: int, width: int, seed: int) -> NDArray[np.uint8]:
@@ -156,23 +151,8 @@ def write_onnx(network: EGNet, path: Path, provenance: dict[str, str] | None = N
     Returns:
         The model that was written.
     """
-    axes = {i: torch.export.Dim(str(name), min=1) for i, name in enumerate(INPUT.shape[:3])}
-    with warnings.catch_warnings(action="ignore"):  # deprecations inside the exporter
-        program = torch.onnx.export(
-            network.eval(),
-            (torch.zeros(3, 70, 90, 3, dtype=torch.uint8),),
-            input_names=[INPUT.name],
-            output_names=[OUTPUT.name],
-            dynamic_shapes=(axes,),
-            opset_version=OPSET,
-            dynamo=True,
-            verbose=False,
-        )
-    assert program is not None  # only the exporter of old returns None
-    model = program.model_proto
-    onnx.helper.set_model_props(model, provenance or {})
-    save_model(model, path)
-    return model
+    example = (torch.zeros(3, 70, 90, 3, dtype=torch.uint8),)
+    return trace(network, example, [INPUT], [OUTPUT], [0, 1, 2], path, provenance or {})
 
 
 def compare(
@@ -195,71 +175,19 @@ def compare(
         One difference per batch, and last the one over all pixels of all. A SISM that is not finite, or not of the
         image's size, has a difference of infinity.
     """
-    options = onnxruntime.SessionOptions()
-    if precision == "fp16":  # optimised, a CPU skips roundings that a GPU makes, and so hides an overflow
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    other = _rounding(network) if precision == "fp16" else copy.deepcopy(network).double()
-    differences, errors, floors = [], [], []
-    for name, images in (samples() if inputs is None else inputs).items():
-        with torch.inference_mode():
-            expected = network(torch.from_numpy(images)).numpy()
-            floor = np.abs(other(torch.from_numpy(images)).numpy() - expected)
-        found = session.run([OUTPUT.name], {INPUT.name: images})[0]
-        if found.shape != expected.shape:
-            found = np.full_like(expected, np.nan)
-        error = np.where(np.isfinite(found), np.abs(found - expected), math.inf)
-        differences.append(_difference(name, error, floor))
-        errors.append(error.ravel())
-        floors.append(floor.ravel())
-        step()
-    return [*differences, _difference("all", np.concatenate(errors), np.concatenate(floors))]
+    # An optimised FP16 graph skips roundings on a CPU that a GPU makes, and so hides an overflow.
+    session = cpu_session(path, optimised=precision != "fp16")
+    rounding = copy.deepcopy(network)
+    vary(rounding, precision)
 
+    def results() -> Iterator[Result]:
+        for name, images in (samples() if inputs is None else inputs).items():
+            with torch.inference_mode():
+                expected, rounded = (each(torch.from_numpy(images)).numpy() for each in (network, rounding))
+            found = session.run([OUTPUT.name], {INPUT.name: images})[0]
+            yield name, found if found.shape == expected.shape else np.full_like(expected, np.nan), expected, rounded
 
-def _rounding(network: EGNet) -> EGNet:
-    """A copy with its convolutions' weights, inputs and outputs rounded to the 11 bits of FP16."""
-    network = copy.deepcopy(network)
-    for conv in (m for m in network.modules() if isinstance(m, nn.Conv2d)):
-        for parameter in conv.parameters():
-            parameter.data = round_to_half(parameter.data)
-        conv.register_forward_pre_hook(lambda _conv, inputs: tuple(map(round_to_half, inputs)))
-        conv.register_forward_hook(lambda _conv, _inputs, output: round_to_half(output))
-    return network
-
-
-def _difference(name: str, error: NDArray[np.floating], floor: NDArray[np.floating]) -> Difference:
-    return Difference(name, float(error.max()), float(error.mean()), float(floor.max()), float(floor.mean()))
-
-
-def allowed(overall: Difference, precision: str = "fp32") -> tuple[float, float]:
-    """The largest maximum and mean that the noise floor allows (see above)."""
-    factor = ALLOWED_FLOORS[precision]
-    return max(factor * overall.floor_max, NEGLIGIBLE), max(factor * overall.floor_mean, NEGLIGIBLE)
-
-
-def check(path: object, differences: Sequence[Difference], precision: str = "fp32") -> None:
-    """Raise ModelError unless the last difference, the one over all batches, is within what the noise floor allows."""
-    overall = differences[-1]
-    most, mean = allowed(overall, precision)
-    if not math.isfinite(overall.floor_max):
-        raise ModelError(f"{path}: not written: with these weights the PyTorch network itself computes NaN or infinity")
-    if not (overall.max <= most and overall.mean <= mean):
-        raise ModelError(
-            f"{path}: not written: its SISMs differ from the PyTorch network's by {overall.max:.1e} at most and "
-            f"{overall.mean:.1e} on average, where rounding explains {most:.1e} and {mean:.1e}"
-        )
-
-
-def table(differences: Sequence[Difference], precision: str = "fp32") -> Table:
-    """The differences and the bound, for a terminal."""
-    grid = Table("images", title="ONNX Runtime against PyTorch: |Δ| of the SISMs, which lie in [0, 1]")
-    for column in ("max", "mean", "noise floor, max", "noise floor, mean"):
-        grid.add_column(column, justify="right")
-    for d in differences:
-        grid.add_row(d.name, *(f"{v:.1e}" for v in (d.max, d.mean, d.floor_max, d.floor_mean)))
-    grid.add_section()
-    grid.add_row("allowed", *(f"{v:.1e}" for v in allowed(differences[-1], precision)))
-    return grid
+    return pooled(results(), step)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -283,22 +211,12 @@ def run(args: argparse.Namespace) -> int:
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             bar = progress.add_task("tracing", total=len(inputs) + 1)
             typed = half_precision(network) if args.precision == "fp16" else network
-            provenance = {
-                "producer": f"icnet-deploy {__version__}",
-                "network": "egnet",
-                "checkpoint": args.checkpoint.name,
-                "checkpoint_sha256": digest(args.checkpoint),
-                WEIGHTS: weights_digest(network),
-                "width": f"{network.width:g}",
-                "precision": args.precision,
-                "opset": str(OPSET),
-                "torch": torch.__version__,
-            }
+            provenance = provenance_of(args.checkpoint, network, network.width, args.precision, network="egnet")
             write_onnx(typed, file, provenance)
             progress.update(bar, description="proving", advance=1)
             differences = compare(file, network, args.precision, inputs, lambda: progress.advance(bar))
-        console.print(table(differences, args.precision))
-        check(args.output, differences, args.precision)
+        console.print(table(differences, args.precision, SISMS))
+        check(args.output, differences, args.precision, SISMS)
     console.print(
         f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, EGNet, {args.precision}, width {network.width:g}, "
         "any batch, height and width",

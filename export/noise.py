@@ -55,8 +55,13 @@ def variant(network: "ICNet", precision: str) -> "Uint8Interface":
         precision: a key of `VARIANTS`.
     """
     found = reference(network)
-    VARIANTS[precision](found)
+    vary(found, precision)
     return found
+
+
+def vary(network: "nn.Module", precision: str) -> None:
+    """Make a network in FP32 round as `precision`, a key of `VARIANTS`, does; in place."""
+    VARIANTS[precision](network)
 
 
 def _fp64(network: "nn.Module") -> None:

@@ -22,7 +22,7 @@ group.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -52,6 +52,41 @@ class Difference:
     floor_mean: float
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is proved, in the words of messages and tables, and the differences that pass whatever the floor is."""
+
+    outputs: str
+    network: str
+    rows: str
+    negligible_max: float
+    negligible_mean: float
+
+
+MAPS = Subject("maps", "the paper's network", "group", NEGLIGIBLE_MAX, NEGLIGIBLE_MEAN)
+
+Result = tuple[str, NDArray[np.floating], NDArray[np.floating], NDArray[np.floating]]
+
+
+def pooled(results: Iterable[Result], step: Callable[[], object] = lambda: None) -> list[Difference]:
+    """The difference of each result, and last the one over all values of all.
+
+    Args:
+        results: a name; what the file computed; what the network did; and what the network did that rounds as the
+            file's precision does. The difference of a value that is not finite is infinite.
+        step: called after every result.
+    """
+    found_all, errors, floors = [], [], []
+    for name, found, expected, rounded in results:
+        error = np.where(np.isfinite(found), np.abs(found - expected), math.inf).ravel()
+        floor = np.abs(rounded - expected).ravel()
+        found_all.append(_difference(name, error, floor))
+        errors.append(error)
+        floors.append(floor)
+        step()
+    return [*found_all, _difference("all", np.concatenate(errors), np.concatenate(floors))]
+
+
 def compare(
     path: Path,
     network: ICNet,
@@ -78,20 +113,15 @@ def compare(
     """
     expected_by, rounding = reference(network), variant(network, precision)
     groups = samples() if groups is None else groups
-    all_maps = _run([path] if intra is None else [path, intra], groups, kind, precision)
-    differences, errors, floors = [], [], []
-    for group, maps in zip(groups, all_maps, strict=True):
-        images, sisms = torch.from_numpy(group.images), torch.from_numpy(group.sisms)
-        with torch.inference_mode():
-            expected = expected_by(images, sisms).numpy()
-            floor = np.abs(rounding(images, sisms).numpy() - expected)
-        found = maps.reshape(expected.shape)
-        error = np.where(np.isfinite(found), np.abs(found - expected), math.inf)
-        differences.append(_difference(group.name, error, floor))
-        errors.append(error)
-        floors.append(floor)
-        step()
-    return [*differences, _difference("all", np.concatenate(errors), np.concatenate(floors))]
+
+    def results() -> Iterator[Result]:
+        for group, maps in zip(groups, _run([path, intra] if intra else [path], groups, kind, precision), strict=True):
+            tensors = torch.from_numpy(group.images), torch.from_numpy(group.sisms)
+            with torch.inference_mode():
+                expected, rounded = expected_by(*tensors).numpy(), rounding(*tensors).numpy()
+            yield group.name, maps.reshape(expected.shape), expected, rounded
+
+    return pooled(results(), step)
 
 
 def _run(
@@ -132,34 +162,36 @@ def _difference(name: str, error: NDArray[np.floating], floor: NDArray[np.floati
     return Difference(name, float(error.max()), float(error.mean()), float(floor.max()), float(floor.mean()))
 
 
-def allowed(overall: Difference, precision: str = "fp32") -> tuple[float, float]:
+def allowed(overall: Difference, precision: str = "fp32", subject: Subject = MAPS) -> tuple[float, float]:
     """The largest maximum and mean that the noise floor allows (see above)."""
     factor = ALLOWED_FLOORS[precision]
-    return max(factor * overall.floor_max, NEGLIGIBLE_MAX), max(factor * overall.floor_mean, NEGLIGIBLE_MEAN)
+    return (
+        max(factor * overall.floor_max, subject.negligible_max),
+        max(factor * overall.floor_mean, subject.negligible_mean),
+    )
 
 
-def check(path: object, differences: Sequence[Difference], precision: str = "fp32") -> None:
-    """Raise ModelError unless the last difference, the one over all groups, is within what the noise floor allows."""
+def check(path: object, differences: Sequence[Difference], precision: str = "fp32", subject: Subject = MAPS) -> None:
+    """Raise ModelError unless the last difference, the one over all, is within what the noise floor allows."""
     overall = differences[-1]
-    most, mean = allowed(overall, precision)
+    most, mean = allowed(overall, precision, subject)
     if not math.isfinite(overall.floor_max):
-        raise ModelError(f"{path}: not written: with these weights the paper's own network computes NaN or infinity")
+        raise ModelError(f"{path}: not written: with these weights {subject.network} itself computes NaN or infinity")
     if not (overall.max <= most and overall.mean <= mean):
         raise ModelError(
-            f"{path}: not written: its maps differ from the paper's network by {overall.max:.1e} at most and "
-            f"{overall.mean:.1e} on average, where rounding explains {most:.1e} and {mean:.1e}"
+            f"{path}: not written: its {subject.outputs} differ from {subject.network} by {overall.max:.1e} at most "
+            f"and {overall.mean:.1e} on average, where rounding explains {most:.1e} and {mean:.1e}"
         )
 
 
-def table(differences: Sequence[Difference], precision: str = "fp32") -> Table:
+def table(differences: Sequence[Difference], precision: str = "fp32", subject: Subject = MAPS) -> Table:
     """The differences and the bound, for a terminal."""
-    grid = Table(title="ONNX Runtime against the paper's network: |Δ| of the maps, which lie in [0, 1]")
-    grid.add_column("group")
+    title = f"ONNX Runtime against {subject.network}: |Δ| of the {subject.outputs}, which lie in [0, 1]"
+    grid = Table(subject.rows, title=title)
     for column in ("max", "mean", "noise floor, max", "noise floor, mean"):
         grid.add_column(column, justify="right")
     for d in differences:
         grid.add_row(d.name, *(f"{v:.1e}" for v in (d.max, d.mean, d.floor_max, d.floor_mean)))
-    most, mean = allowed(differences[-1], precision)
     grid.add_section()
-    grid.add_row("allowed", f"{most:.1e}", f"{mean:.1e}")
+    grid.add_row("allowed", *(f"{v:.1e}" for v in allowed(differences[-1], precision, subject)))
     return grid

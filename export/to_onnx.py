@@ -15,7 +15,6 @@ if __name__ == "__main__":  # run as a script: the same as `icnet export`
 
 import argparse
 import logging
-import warnings
 from contextlib import ExitStack
 from functools import partial
 
@@ -24,19 +23,18 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from export.checkpoint import load_checkpoint, weights_digest
+from export.checkpoint import load_checkpoint
 from export.fp16 import half_precision
 from export.icnet import SIVS_PER_WIDTH, ICNet, Intra, Packed, Uint8Interface
-from export.onnx_file import TAKES, save_model
+from export.onnx_file import TAKES
 from export.proof import check, compare, table
 from export.reference import ReferenceICNet
 from export.samples import samples
-from runtime import __version__
-from runtime.contract import BANK, FLOAT_INPUTS, FLOAT_OUTPUTS, GROUPS, INPUTS, OUTPUTS, SIVS, WEIGHTS, ExportKind
+from export.trace import provenance_of, trace
+from runtime.contract import BANK, FLOAT_INPUTS, FLOAT_OUTPUTS, GROUPS, INPUTS, OUTPUTS, SIVS, ExportKind
 from runtime.errors import InputError, ModelError, OutputError
-from runtime.files import bank_files, check_outputs, digest, replacing
+from runtime.files import bank_files, check_outputs, replacing
 
-OPSET = 18
 EXPORTS = {  # inputs, outputs, and what is traced
     ExportKind.PLAIN: (INPUTS, OUTPUTS, Uint8Interface),
     ExportKind.FLOAT32: (FLOAT_INPUTS, FLOAT_OUTPUTS, lambda network: network),
@@ -70,23 +68,7 @@ def write_onnx(
     lengths = EXAMPLE | {"S": round(SIVS_PER_WIDTH * network.width)}
     shapes = [[d if isinstance(d, int) else lengths[str(d)] for d in spec.shape] for spec in inputs]
     example = tuple(torch.zeros(s, dtype=getattr(torch, spec.dtype)) for s, spec in zip(shapes, inputs, strict=True))
-    axes = {name: torch.export.Dim(name, min=1) for name in EXAMPLE}
-    with warnings.catch_warnings(action="ignore"):  # the exporter uses deprecated functions
-        program = torch.onnx.export(
-            module.eval(),
-            example,
-            input_names=[spec.name for spec in inputs],
-            output_names=[spec.name for spec in outputs],
-            dynamic_shapes=tuple({0: axes[str(spec.shape[0])]} for spec in inputs),
-            opset_version=OPSET,
-            dynamo=True,
-            verbose=False,
-        )
-    assert program is not None  # only the old exporter returns None
-    model = program.model_proto
-    onnx.helper.set_model_props(model, provenance or {})
-    save_model(model, path)
-    return model
+    return trace(module, example, inputs, outputs, [0], path, provenance or {})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -157,17 +139,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision is not installed
     network = load_checkpoint(args.checkpoint)
-    provenance = {
-        "producer": f"icnet-deploy {__version__}",
-        "checkpoint": args.checkpoint.name,
-        "checkpoint_sha256": digest(args.checkpoint),
-        WEIGHTS: weights_digest(network),
-        "width": f"{network.width:g}",
-        "precision": args.precision,
-        "io": args.io,
-        "opset": str(OPSET),
-        "torch": torch.__version__,
-    }
+    provenance = provenance_of(args.checkpoint, network, network.width, args.precision, io=args.io)
     with ExitStack() as stack:
         files = {each: stack.enter_context(replacing(output)) for each, output in outputs.items()}
         groups = samples()

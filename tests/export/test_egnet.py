@@ -13,8 +13,9 @@ from onnx import TensorProto
 
 from export.checkpoint import load_checkpoint, save_checkpoint
 from export.egnet import EGNet, load_egnet
-from export.egnet_onnx import check, compare, half_precision, samples, smooth_images, write_onnx
+from export.egnet_onnx import SISMS, compare, half_precision, samples, smooth_images, write_onnx
 from export.fp16 import TARGET
+from export.proof import check
 from runtime import CheckpointError, ModelError
 from runtime.files import check_seal, digest
 from tests.helpers import DATA, HAS_TENSORRT_RTX, flipped, random_network
@@ -195,7 +196,7 @@ def test_the_two_networks_checkpoints_are_told_apart(egnet, tmp_path):
 def test_one_file_for_any_batch_and_size(exported, egnet):
     path, precision = exported
     differences = compare(path, egnet, precision)
-    check(path, differences, precision)
+    check(path, differences, precision, SISMS)
     assert len(differences) == len(samples()) + 1
     session = onnxruntime.InferenceSession(path)
     (image,), (sism,) = session.get_inputs(), session.get_outputs()
@@ -303,7 +304,7 @@ def test_the_proof_finds_a_wrong_formula(exported, egnet, tmp_path, spoil):
     spoil(model)
     onnx.save(model, tmp_path / "x.onnx")
     with pytest.raises(ModelError, match="not written: its SISMs differ"):
-        check(path, compare(tmp_path / "x.onnx", egnet, precision), precision)
+        check(path, compare(tmp_path / "x.onnx", egnet, precision), precision, SISMS)
 
 
 def test_the_command_writes_a_file_that_says_what_it_is(icnet, egnet, tmp_path):
@@ -330,7 +331,7 @@ def test_a_file_that_overflows_is_not_written(icnet, egnet, tmp_path, monkeypatc
         "export", "--network", "egnet", "--checkpoint", checkpoint, "--output", output, "--precision", "fp16"
     )
     assert code == 2
-    assert "egnet.onnx: not written: its SISMs differ from the PyTorch network's by inf at most" in err
+    assert "egnet.onnx: not written: its SISMs differ from the PyTorch network by inf at most" in err
     assert "allowed" in out  # the table, to see where
     assert list(output.parent.iterdir()) == []
 

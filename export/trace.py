@@ -1,0 +1,74 @@
+"""Tracing PyTorch modules to ONNX models with dynamic axes, and the notes that an exported file carries."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from export.checkpoint import weights_digest
+from export.onnx_file import save_model
+from runtime import __version__
+from runtime.contract import WEIGHTS, TensorSpec
+from runtime.files import digest
+
+OPSET = 18
+
+
+def trace(
+    module: nn.Module,
+    example: tuple[Tensor, ...],
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    dynamic: Sequence[int],
+    path: Path,
+    provenance: dict[str, str],
+) -> onnx.ModelProto:
+    """Trace a module and write it as one ONNX file, weights inside.
+
+    Args:
+        module: what is traced.
+        example: a tensor per input; no dynamic axis may be 1 long.
+        inputs: their names, and the names of their axes.
+        outputs: the outputs' names.
+        dynamic: the axes of every input that are dynamic; axes of one name have one length, 1 or more.
+        path: the file to write.
+        provenance: notes for the model's `metadata_props`; the file's digest comes beside them.
+
+    Returns:
+        The model that was written.
+    """
+    axes = {str(spec.shape[i]): torch.export.Dim(str(spec.shape[i]), min=1) for spec in inputs for i in dynamic}
+    with warnings.catch_warnings(action="ignore"):  # the exporter uses deprecated functions
+        program = torch.onnx.export(
+            module.eval(),
+            example,
+            input_names=[spec.name for spec in inputs],
+            output_names=[spec.name for spec in outputs],
+            dynamic_shapes=tuple({i: axes[str(spec.shape[i])] for i in dynamic} for spec in inputs),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None  # only the old exporter returns None
+    model = program.model_proto
+    onnx.helper.set_model_props(model, provenance)
+    save_model(model, path)
+    return model
+
+
+def provenance_of(checkpoint: Path, module: nn.Module, width: float, precision: str, **more: str) -> dict[str, str]:
+    """The notes of an exported file: what it was made from, and with what."""
+    return {
+        "producer": f"icnet-deploy {__version__}",
+        "checkpoint": checkpoint.name,
+        "checkpoint_sha256": digest(checkpoint),
+        WEIGHTS: weights_digest(module),
+        "width": f"{width:g}",
+        "precision": precision,
+        **more,
+        "opset": str(OPSET),
+        "torch": torch.__version__,
+    }
