@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 from benchmarks.gpu_subject import LARGE, Figures, Subject
 from benchmarks.runners import CUDA, TENSORRT, Run, inputs
 from runtime import DependencyError, ModelError, Predictor
-from runtime.backends.cuda import Capture, Cuda, PageLocked, _load_driver
+from runtime.backends import cuda_driver
+from runtime.backends.cuda import Capture, Cuda
+from runtime.backends.cuda_driver import PageLocked
 from runtime.backends.tensorrt import TensorRTBackend
 from runtime.contract import ExportKind
 from runtime.errors import how_to_install
@@ -260,7 +262,7 @@ def used_gpu_memory() -> int:
     """
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     with gpu():
-        code = _load_driver().cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+        code = cuda_driver.load_driver().cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
     if code:
         raise ModelError(f"the driver does not tell how much memory is in use: cuMemGetInfo failed with {code}")
     return total.value - free.value

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends import onnx_gpu
-from runtime.backends.cuda import PageLocked
+from runtime.backends.cuda_driver import PageLocked
 from runtime.backends.onnx_gpu import Provider
 from runtime.contract import GROUPS, WEIGHTS, ExportKind, Interface, TensorSpec, check_contract
 from runtime.errors import DependencyError, ICNetError, InputError, ModelError, how_to_install, one_line

@@ -12,7 +12,8 @@ START = """
 import gc, threading
 import numpy as np
 from runtime import ICNetError
-from runtime.backends.cuda import Cuda, PageLocked
+from runtime.backends.cuda import Cuda
+from runtime.backends.cuda_driver import PageLocked
 from tests.fake_cuda.control import *
 
 def work(cuda):

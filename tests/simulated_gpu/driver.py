@@ -163,7 +163,7 @@ def pycuda_driver(gpu):
 
 
 def library(gpu):
-    """`libcuda.so.1`, as far as `runtime.backends.cuda.PageLocked` calls it."""
+    """`libcuda.so.1`, as far as `runtime.backends.cuda_driver.PageLocked` calls it."""
 
     def retain(context, device):
         gpu.make("context")
