@@ -37,7 +37,7 @@ class Cuda:
         device: the GPU's number.
 
     Raises:
-        DependencyError: PyCUDA is not installed, or there is no NVIDIA driver or GPU.
+        DependencyError: PyCUDA is not installed, or there is no NVIDIA driver or GPU, or the driver does not fit.
         DeviceLostError: the GPU stopped at an earlier error in this process.
     """
 
@@ -47,13 +47,15 @@ class Cuda:
         except ImportError as error:
             if "libcuda" in str(error):
                 raise DependencyError("no NVIDIA driver on this machine (libcuda.so.1): a GPU is needed") from error
+            if (driver := cuda_driver.unfit(error)) is not None:  # PyCUDA was compiled for a newer one
+                raise driver from error
             raise DependencyError(f"pycuda is not installed: {how_to_install('gpu')}") from error
         library = cuda_driver.load_driver()
         try:
             self._driver.init()
             context = self._driver.Device(device).retain_primary_context()
         except self._driver.Error as error:
-            raise DependencyError(f"GPU {device} can't be used: {error}") from error
+            raise cuda_driver.unfit(error) or DependencyError(f"GPU {device} can't be used: {error}") from error
         self._primary = _Primary(self._driver, library, context, device)
         self._finalizer = weakref.finalize(self, self._primary.close)
         try:

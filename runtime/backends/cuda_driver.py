@@ -1,6 +1,7 @@
 """The NVIDIA driver's own library, through ctypes: loading it, what its errors mean, memory without PyCUDA."""
 
 import ctypes
+import re
 import sys
 import weakref
 from typing import Any
@@ -8,10 +9,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from runtime.errors import DependencyError, DeviceLostError, ModelError
+from runtime.errors import DependencyError, DeviceLostError, ModelError, one_line
 
 # After these the driver wants the process to end (cuda.h: "the process must be terminated and relaunched").
 STICKY = {214, 220, 700, 702, 709, 710, *range(714, 720), 721}
+# What the driver, CUDA's runtime, and what is built on it say of a driver that does not fit, and what to do then.
+UNFIT = (
+    (
+        r"insufficient for CUDA runtime|not supported in the installed CUDA driver|unsupported toolchain"
+        r"|undefined symbol: cu[A-Z]|(?:error|with):? (?:35|222)\b",
+        "is too old for the installed packages: update it, or install them for that CUDA",
+    ),
+    (
+        r"unsupported display driver|(?:error|with):? 803\b",
+        "does not fit the kernel's part of it: restart the machine if the driver was updated; a container needs the "
+        "host's libcuda",
+    ),
+    (
+        r"forward compatibility was attempted|(?:error|with):? 804\b",
+        "comes from a compatibility package (cuda-compat) that this GPU can't use: remove it, or update the driver",
+    ),
+    (r"stub library|(?:error|with):? 34\b", "is a stub to link with: take its folder out of LD_LIBRARY_PATH"),
+)
 
 
 def load_driver() -> Any:
@@ -25,6 +44,17 @@ def load_driver() -> Any:
         return ctypes.CDLL(name)
     except OSError as error:
         raise DependencyError(f"no NVIDIA driver on this machine ({name}): a GPU is needed") from error
+
+
+def unfit(cause: object) -> DependencyError | None:
+    """The error for what a failed call said, if the driver is too old for the caller or does not fit the machine."""
+    for pattern, remedy in UNFIT:
+        if re.search(pattern, str(cause)):
+            version = ctypes.c_int()
+            known = load_driver().cuDriverGetVersion(ctypes.byref(version)) == 0
+            runs = f" (it runs CUDA up to {version.value // 1000}.{version.value % 1000 // 10})" if known else ""
+            return DependencyError(f"the NVIDIA driver{runs} {remedy} ({one_line(cause)})")
+    return None
 
 
 def lost(device: int, cause: str) -> DeviceLostError:
@@ -52,7 +82,7 @@ class PageLocked:
         device: the number of the GPU that copies from and to it.
 
     Raises:
-        DependencyError: there is no NVIDIA driver or no such GPU.
+        DependencyError: there is no NVIDIA driver or no such GPU, or the driver does not fit.
     """
 
     def __init__(self, device: int = 0) -> None:
@@ -64,7 +94,8 @@ class PageLocked:
             ("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), number),
         ):
             if code := getattr(self._driver, str(function))(*args):
-                raise DependencyError(f"GPU {device} can't be used: {function} failed with {code}")
+                failed = f"{function} failed with {code}"
+                raise unfit(failed) or DependencyError(f"GPU {device} can't be used: {failed}")
         self._allocated: set[int] = set()
         self._finalizer = weakref.finalize(
             self, _release_page_locked, self._driver, number, self._context, self._allocated
