@@ -164,14 +164,14 @@ def kept_bank(subject: Subject) -> Figures:
     found = []
     on_cpu = subject.onnx("fp32", ExportKind.INTRA), subject.onnx("fp32", ExportKind.BANKED)
     for files in (on_cpu, subject.banks("fp16")):
-        with Predictor(bank=files) as predictor:
+        with Predictor(bank_export=files) as predictor:
             found.append(predictor.predict_tensors(images, sisms, predictor.bank(*bank_of)))
     return subject.judge("fp16", found[1:], found[:1])
 
 
 def chunked_groups(subject: Subject) -> Figures:
     """A group that is too large for one call gets the CPU's maps."""
-    with Predictor(subject.engine("fp16"), bank=subject.banks("fp16"), max_images=LARGE // 2) as predictor:
+    with Predictor(subject.engine("fp16"), bank_export=subject.banks("fp16"), max_images=LARGE // 2) as predictor:
         return subject.judge("fp16", _one_by_one(predictor.predict_tensors, subject))
 
 

@@ -237,7 +237,7 @@ class Pipeline:
                 raise
             raise ModelError(
                 f"{error}; or run it in chunks, with the two files of a bank export: icnet export --banked, then "
-                "Predictor(MODEL, bank=(NAME.intra, NAME.banked))"
+                "Predictor(MODEL, bank_export=(NAME.intra, NAME.banked))"
             ) from None
 
     def bank_models(self) -> BankModels:
@@ -250,7 +250,7 @@ class Pipeline:
         if self._banks is None:
             raise ModelError(
                 f"{self.path}: banks take the two files of a bank export: icnet export --banked, then "
-                "Predictor(bank=(NAME.intra.onnx, NAME.banked.onnx))"
+                "Predictor(bank_export=(NAME.intra.onnx, NAME.banked.onnx))"
             )
         return self._banks
 

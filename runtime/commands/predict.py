@@ -156,7 +156,7 @@ def open_predictor(model: Path, threads: int | None, banks_only: bool, device: s
     """
     files = model_files(model, banks_only)
     banks = (files["intra"], files["banked"]) if "banked" in files else None
-    return Predictor(files.get("model"), bank=banks, threads=threads, providers=providers(device, model))
+    return Predictor(files.get("model"), bank_export=banks, threads=threads, providers=providers(device, model))
 
 
 def model_files(model: Path, banks_only: bool) -> dict[str, Path]:

@@ -23,7 +23,7 @@ CLOSED = "this Predictor is closed"
 
 
 def test_a_call_in_chunks_ends_with_the_chunk_in_work(exports, monkeypatch):
-    predictor = Predictor(bank=bank_files(exports), max_images=2, threads=1)
+    predictor = Predictor(bank_export=bank_files(exports), max_images=2, threads=1)
     bank = predictor.bank(*tensors(2))
     calls = []
     submit = OnnxBackend.submit

@@ -338,7 +338,7 @@ def test_packs_and_banks_go_through_bindings(gpu, exports, expected):
     groups = [tensors for tensors, _ in expected]
     with (
         Predictor(exports.with_name("icnet.packed.onnx"), threads=1, max_images=8) as packed,
-        Predictor(bank=bank_files(exports), threads=1, max_images=4) as banks,
+        Predictor(bank_export=bank_files(exports), threads=1, max_images=4) as banks,
     ):
         for found, (tensors, maps) in zip(packed.predict_groups(groups), expected, strict=True):
             np.testing.assert_allclose(np.stack(found), maps, atol=2e-2)
