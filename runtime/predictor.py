@@ -21,8 +21,9 @@ from runtime.bank_models import BankModels, differ, most_images
 from runtime.contract import INPUTS, ExportKind, TensorSpec
 from runtime.errors import ICNetError, InputError, ModelError
 from runtime.files import check_model_file, check_seal
-from runtime.pipeline import Pipeline, Task, restores
-from runtime.preprocess import EXPECTED, ImageSource
+from runtime.pipeline import Pipeline
+from runtime.preprocess import EXPECTED, ImageSource, restores
+from runtime.stream import Task
 from runtime.threads import Workers
 
 MAX_THREADS = 1024

@@ -18,9 +18,9 @@ from runtime.commands.results import SHEET, GroupResults
 from runtime.errors import ICNetError, InputError, ModelError, printable
 from runtime.files import bank_files, digest
 from runtime.groups import Group, check_folder, find_groups
-from runtime.pipeline import GroupPixels, Task
 from runtime.predictor import Predictor
-from runtime.preprocess import restore_map, save_map
+from runtime.preprocess import GroupPixels, restore_map, save_map
+from runtime.stream import Task
 
 BUILTIN = "builtin"
 

@@ -14,7 +14,8 @@ from runtime import ICNetError, Predictor
 from runtime.backends.mnn import MnnBackend
 from runtime.backends.onnx import OnnxBackend
 from runtime.files import bank_files
-from runtime.pipeline import Pipeline, Task
+from runtime.pipeline import Pipeline
+from runtime.stream import Task
 from runtime.threads import Workers
 from tests.runtime.test_packing import tensors, until
 
