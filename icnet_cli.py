@@ -65,6 +65,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupted by Ctrl-C, 143 by SIGTERM.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    name = next((name for name in (" ".join(words[:2]), *words[:1]) if name in COMMANDS), None)
+    prog = f"icnet {name}" if name else "icnet"
+    try:
+        with _sigterm_like_ctrl_c() as received:
+            code = _run(prog, name, words)
+            return 128 + signal.SIGTERM if received and code == 128 + signal.SIGINT else code  # what it had was kept
+    except KeyboardInterrupt as stopped:
+        print(f"\n{prog}: stopped", file=sys.stderr)
+        return 128 + (signal.SIGTERM if isinstance(stopped, Terminated) else signal.SIGINT)
+
+
+def _run(prog: str, name: str | None, words: list[str]) -> int:
+    """Run a command, or without a name answer what has none; returns the exit code."""
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is no reason to fail
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -73,29 +86,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     from runtime import ICNetError, __version__
     from runtime.preprocess import silence_libtiff
 
-    name = next((name for name in (" ".join(words[:2]), *words[:1]) if name in COMMANDS), None)
     if name is None:
         if words == ["--version"]:
             print(f"icnet-deploy {__version__}")
             return 0
         return _without_command(words)
-    prog = f"icnet {name}"
     module_name, extra, text = COMMANDS[name]
     try:
-        with _sigterm_like_ctrl_c() as received:
-            module = _load(module_name, extra)
-            parser = Parser(prog=prog, description=text[0].upper() + text[1:] + ".")
-            module.add_arguments(parser)
-            options = parser.parse_args(words[len(name.split()) :])
-            warnings.filterwarnings("ignore", module="PIL")  # what matters of it is an error of ours
-            silence_libtiff()
-            code = int(module.run(options))
-            return 128 + signal.SIGTERM if received and code == 128 + signal.SIGINT else code  # what it had was kept
+        module = _load(module_name, extra)
+        parser = Parser(prog=prog, description=text[0].upper() + text[1:] + ".")
+        module.add_arguments(parser)
+        options = parser.parse_args(words[len(name.split()) :])
+        warnings.filterwarnings("ignore", module="PIL")  # what matters of it is an error of ours
+        silence_libtiff()
+        return int(module.run(options))
     except (ICNetError, OSError, MemoryError) as error:  # the system's errors carry what they are about
         return _failed(prog, str(error) or "out of memory")
-    except KeyboardInterrupt as stopped:
-        print(f"\n{prog}: stopped", file=sys.stderr)
-        return 128 + (signal.SIGTERM if isinstance(stopped, Terminated) else signal.SIGINT)
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from benchmarks.records import FilesRow
 from benchmarks.runners import picture
 from benchmarks.timing import Times, interleaved, percentiles, warm_up
 from runtime import ICNetError, Predictor
-from runtime.pipeline import GroupPixels, Task, restores
-from runtime.preprocess import resized, restore_map, rgb_image, save_map, sism_tensor
+from runtime.preprocess import GroupPixels, resized, restore_map, restores, rgb_image, save_map, sism_tensor
+from runtime.stream import Task
 
 T = TypeVar("T")
 SIZE = (640, 480)  # of the photographs, pixels: the usual in COCO

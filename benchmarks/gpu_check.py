@@ -24,7 +24,7 @@ from benchmarks.render import to_terminal, wide_console
 from benchmarks.runners import reason
 from evaluation.record import recording
 from runtime import DependencyError, InputError
-from runtime.backends.cuda import _load_driver
+from runtime.backends import cuda_driver
 from runtime.files import digest, same_file
 from runtime.threads import cores
 
@@ -139,7 +139,7 @@ def _cuda_version() -> str | None:
     """The newest CUDA that the driver runs."""
     version = ctypes.c_int()
     try:
-        known = _load_driver().cuDriverGetVersion(ctypes.byref(version)) == 0
+        known = cuda_driver.load_driver().cuDriverGetVersion(ctypes.byref(version)) == 0
     except DependencyError:
         return None
     return f"{version.value // 1000}.{version.value % 1000 // 10}" if known else None

@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 from benchmarks.gpu_subject import LARGE, Figures, Subject
 from benchmarks.runners import CUDA, TENSORRT, Run, inputs
 from runtime import DependencyError, ModelError, Predictor
-from runtime.backends.cuda import Capture, Cuda, PageLocked, _load_driver
+from runtime.backends import cuda_driver
+from runtime.backends.cuda import Capture, Cuda
+from runtime.backends.cuda_driver import PageLocked
 from runtime.backends.tensorrt import TensorRTBackend
 from runtime.contract import ExportKind
 from runtime.errors import how_to_install
@@ -162,14 +164,14 @@ def kept_bank(subject: Subject) -> Figures:
     found = []
     on_cpu = subject.onnx("fp32", ExportKind.INTRA), subject.onnx("fp32", ExportKind.BANKED)
     for files in (on_cpu, subject.banks("fp16")):
-        with Predictor(bank=files) as predictor:
+        with Predictor(bank_export=files) as predictor:
             found.append(predictor.predict_tensors(images, sisms, predictor.bank(*bank_of)))
     return subject.judge("fp16", found[1:], found[:1])
 
 
 def chunked_groups(subject: Subject) -> Figures:
     """A group that is too large for one call gets the CPU's maps."""
-    with Predictor(subject.engine("fp16"), bank=subject.banks("fp16"), max_images=LARGE // 2) as predictor:
+    with Predictor(subject.engine("fp16"), bank_export=subject.banks("fp16"), max_images=LARGE // 2) as predictor:
         return subject.judge("fp16", _one_by_one(predictor.predict_tensors, subject))
 
 
@@ -260,7 +262,7 @@ def used_gpu_memory() -> int:
     """
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     with gpu():
-        code = _load_driver().cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+        code = cuda_driver.load_driver().cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
     if code:
         raise ModelError(f"the driver does not tell how much memory is in use: cuMemGetInfo failed with {code}")
     return total.value - free.value

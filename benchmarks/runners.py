@@ -225,7 +225,7 @@ def load(path: Path, setting: Setting, max_images: int | None = None, provider: 
     """A model file as users run it; `provider` is ONNX Runtime's. Raises what `Predictor` does."""
     return Predictor(
         path,
-        bank=None if setting.chunk is None else bank_files(path),
+        bank_export=None if setting.chunk is None else bank_files(path),
         threads=setting.threads,
         providers=[provider or (CUDA if setting.device == "cuda" else CPU)],
         max_images=max_images or setting.chunk,

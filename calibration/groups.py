@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from runtime.errors import InputError
 from runtime.files import digest
 from runtime.groups import Group, find_groups
-from runtime.pipeline import reads, stack
+from runtime.preprocess import reads, stack
 from runtime.threads import Workers
 
 Feeds = dict[str, NDArray[np.uint8]]

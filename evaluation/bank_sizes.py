@@ -90,7 +90,7 @@ def measure(args: argparse.Namespace, progress: Progress) -> tuple[Results, Imag
     if args.show is not None and args.show not in maker.names:
         raise InputError(f"{args.cutouts}: no class {args.show} in it")
     where = providers(args.device, args.models[0])
-    with Predictor(bank=bank_files(args.models[0]), threads=args.threads, providers=where) as predictor:
+    with Predictor(bank_export=bank_files(args.models[0]), threads=args.threads, providers=where) as predictor:
         results = score(args, maker, predictor, progress)
         picture = show(predictor, _group(args, maker, 0, args.show), results.sizes[-1])
     progress.console.print(results.table())

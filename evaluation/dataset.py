@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from evaluation.metrics import Metrics, Scores
 from runtime.errors import ICNetError, InputError
 from runtime.groups import Group, find_groups, matching
-from runtime.pipeline import reads
-from runtime.preprocess import ImageSource, grey_image, rgb_image
+from runtime.preprocess import ImageSource, grey_image, reads, rgb_image
 from runtime.threads import Workers
 
 BUILTIN = "builtin"

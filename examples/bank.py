@@ -17,7 +17,7 @@ def main(model: Path, action: str, photos: Path, sisms: Path, file: Path) -> Non
     images = sorted(photos.iterdir())
     sism_files = [sisms / f"{image.stem}.png" for image in images]
     files = model.with_suffix(".intra.onnx"), model.with_suffix(".banked.onnx")
-    with Predictor(bank=files) as predictor:
+    with Predictor(bank_export=files) as predictor:
         if action == "make":
             bank = predictor.bank(images, sism_files)
             bank.save(file)

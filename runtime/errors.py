@@ -60,4 +60,4 @@ class OutputError(ICNetError):
 
 
 class DependencyError(ICNetError):
-    """A package of an extra is not installed."""
+    """A package of an extra is not installed, or there is no GPU, or no driver that fits."""

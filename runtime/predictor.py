@@ -21,8 +21,9 @@ from runtime.bank_models import BankModels, differ, most_images
 from runtime.contract import INPUTS, ExportKind, TensorSpec
 from runtime.errors import ICNetError, InputError, ModelError
 from runtime.files import check_model_file, check_seal
-from runtime.pipeline import Pipeline, Task, restores
-from runtime.preprocess import EXPECTED, ImageSource
+from runtime.pipeline import Pipeline
+from runtime.preprocess import EXPECTED, ImageSource, restores
+from runtime.stream import Task
 from runtime.threads import Workers
 
 MAX_THREADS = 1024
@@ -48,16 +49,16 @@ class Predictor:
     of several threads at the same time. The two files of a *bank export* (`icnet export --banked`) run groups of any
     size in chunks, and compare images with a kept bank:
 
-        with Predictor(bank=("icnet.intra.onnx", "icnet.banked.onnx")) as predictor:
+        with Predictor(bank_export=("icnet.intra.onnx", "icnet.banked.onnx")) as predictor:
             bank = predictor.bank(["a.jpg", "b.jpg"], ["a_sism.png", "b_sism.png"])
             maps = predictor.against(bank, ["new.jpg"], ["new_sism.png"])
 
     Args:
         model: an .onnx file from `icnet export`, run by ONNX Runtime on the CPU; an .mnn file from `icnet build
             --backend mnn`, run by MNN on the CPU; or a TensorRT engine (.engine, .plan or .trt) from `icnet build` or
-            `trtexec`, run on a GPU. May be left out if `bank` is given.
-        bank: the files (intra, banked) of a bank export, or what was built from them. Beside a model they run the
-            groups that are too large for it.
+            `trtexec`, run on a GPU. May be left out if `bank_export` is given.
+        bank_export: the files (intra, banked) of a bank export, or what was built from them. Beside a model they run
+            the groups that are too large for it.
         threads: the size of the pool that decodes, resizes and writes images, and the threads of a call of ONNX
             Runtime or MNN; None for one per core.
         providers: ONNX Runtime: execution providers in order of preference, e.g. ["CUDAExecutionProvider"]; one that
@@ -87,7 +88,7 @@ class Predictor:
         self,
         model: str | os.PathLike[str] | None = None,
         *,
-        bank: tuple[str | os.PathLike[str], str | os.PathLike[str]] | None = None,
+        bank_export: tuple[str | os.PathLike[str], str | os.PathLike[str]] | None = None,
         threads: int | None = None,
         providers: Sequence[Provider] = (CPU,),
         device: int = 0,
@@ -97,10 +98,10 @@ class Predictor:
         max_delay_ms: float = 0,
         verify: bool = True,
     ) -> None:
-        if bank is not None and not (isinstance(bank, tuple | list) and len(bank) == 2):
-            raise InputError("bank: expected two paths, (intra, banked)")
+        if bank_export is not None and not (isinstance(bank_export, tuple | list) and len(bank_export) == 2):
+            raise InputError("bank_export: expected two paths, (intra, banked)")
         paths: list[Path] = []
-        for file in (*([] if model is None and bank else [model]), *(bank or ())):
+        for file in (*([] if model is None and bank_export else [model]), *(bank_export or ())):
             if not isinstance(file, str | os.PathLike) or not isinstance(os.fspath(file), str):
                 raise InputError(f"model: expected a path, got {type(file).__name__}")
             if not os.fspath(file):
@@ -144,7 +145,7 @@ class Predictor:
                 self._backend = start(paths[0])
                 _check_kind(self._backend)
                 most = most_images(max_images, self._backend.largest)
-            if bank is not None:
+            if bank_export is not None:
                 intra, banked = map(start, paths[-2:])
                 banks = BankModels(intra, banked, max_images)
                 if self._backend is not None and differ(self._backend.weights_digest, banks.weights_digest):
@@ -320,7 +321,7 @@ def _check_kind(backend: Backend) -> None:
     if backend.interface.kind not in (ExportKind.PLAIN, ExportKind.PACKED):
         raise ModelError(
             f"{backend.path}: one of the two files of a bank export; give both: "
-            "Predictor(bank=(NAME.intra, NAME.banked))"
+            "Predictor(bank_export=(NAME.intra, NAME.banked))"
         )
 
 

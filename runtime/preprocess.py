@@ -8,9 +8,10 @@ import ctypes
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -48,6 +49,21 @@ class Pixels:
     size: tuple[int, int]
 
 
+@dataclass(frozen=True)
+class GroupPixels:
+    """A group as the network takes it.
+
+    Attributes:
+        images: RGB uint8 [N, 224, 224, 3].
+        sisms: uint8 [N, 224, 224].
+        sizes: the images' own (width, height) in pixels.
+    """
+
+    images: NDArray[np.uint8]
+    sisms: NDArray[np.uint8]
+    sizes: tuple[tuple[int, int], ...]
+
+
 def read_pixels(
     image: ImageSource, sism: ImageSource | None, image_name: str = "image", sism_name: str = "SISM"
 ) -> Pixels:
@@ -65,6 +81,18 @@ def read_pixels(
     """
     tensor, size = image_tensor(image, image_name)
     return Pixels(tensor, builtin_sism(tensor) if sism is None else sism_tensor(sism, sism_name), size)
+
+
+def reads(images: Sequence[ImageSource], sisms: Sequence[ImageSource] | None) -> list[Callable[[], Pixels]]:
+    """A call per image that reads it and its SISM; without `sisms` they are built in."""
+    every = enumerate(zip(images, [None] * len(images) if sisms is None else sisms, strict=True))
+    return [partial(read_pixels, image, sism, f"images[{i}]", f"sisms[{i}]") for i, (image, sism) in every]
+
+
+def stack(pixels: Sequence[Pixels]) -> GroupPixels:
+    """The images of a group in one array, and their SISMs in another."""
+    images, sisms = np.stack([p.image for p in pixels]), np.stack([p.sism for p in pixels])
+    return GroupPixels(images, sisms, tuple(p.size for p in pixels))
 
 
 def image_tensor(source: ImageSource, name: str = "image") -> tuple[NDArray[np.uint8], tuple[int, int]]:
@@ -166,6 +194,11 @@ def restore_map(tensor: NDArray[np.float32], size: tuple[int, int]) -> NDArray[n
     """
     resized = np.asarray(Image.fromarray(tensor).resize(size, BILINEAR), dtype=np.float32)
     return resized.clip(0, 1)  # a weighted mean can leave [0, 1] by a rounding
+
+
+def restores(pixels: GroupPixels, maps: NDArray[np.float32]) -> list[Callable[[], NDArray[np.float32]]]:
+    """A call per image that restores its map, float32 [224, 224], to the image's own size."""
+    return [partial(restore_map, *pair) for pair in zip(maps, pixels.sizes, strict=True)]
 
 
 def save_map(tensor: NDArray[np.float32], path: str | os.PathLike[str] | BinaryIO) -> None:

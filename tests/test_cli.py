@@ -1,6 +1,7 @@
 """The command `icnet` itself, and the module `icnet`: what they offer, and what they say when nothing can be run."""
 
 import importlib
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -220,3 +221,33 @@ def test_a_folder_of_that_name_that_hides_nothing_does_no_harm(tmp_path, model_f
     done = python("import icnet_cli; sys.exit(icnet_cli.main(sys.argv[1:]))", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/cats/a.png").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("stalled", "words"),
+    [
+        ("numpy", ["predict"]),
+        ("numpy", []),
+        ("runtime.preprocess", ["--version"]),
+        ("evaluation.accuracy", ["evaluate"]),
+    ],
+)
+def test_stopped_while_it_imports(number, expected, stalled, words):
+    """A signal may come before `runtime` is there, which takes longest on a cold disk."""
+    code = f"""
+import signal, sys, time
+class Stalls:
+    def find_spec(self, name, path=None, target=None):
+        if name == {stalled!r}:
+            signal.raise_signal({int(number)})
+            time.sleep(60)
+            raise ImportError("the signal was lost")
+sys.meta_path.insert(0, Stalls())
+import icnet_cli
+sys.exit(icnet_cli.main(sys.argv[1:]))
+"""
+    done = python(code, *words)
+    prog = " ".join(["icnet", *(word for word in words if not word.startswith("-"))])
+    assert (done.returncode, done.stdout, done.stderr) == (expected, "", f"\n{prog}: stopped\n")

@@ -1,4 +1,4 @@
-"""Page-locked buffers, device memory, streams, events and graphs: the only file that knows PyCUDA or the driver.
+"""Page-locked buffers, device memory, streams, events and graphs: the only file that knows PyCUDA.
 
 Everything lives in the device's primary context, the one that TensorRT uses, and is called with that context pushed:
 
@@ -10,7 +10,6 @@ What is made here may be freed, dropped or closed in any thread.
 
 import ctypes
 import importlib
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -22,12 +21,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from runtime.errors import DependencyError, DeviceLostError, ICNetError, ModelError, how_to_install
+from runtime.backends import cuda_driver
+from runtime.errors import DependencyError, ICNetError, ModelError, how_to_install
 
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING, which PyCUDA does not name
 RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
-# After these the driver wants the process to end (cuda.h: "the process must be terminated and relaunched").
-STICKY = {214, 220, 700, 702, 709, 710, *range(714, 720), 721}
 
 
 class Cuda:
@@ -39,7 +37,7 @@ class Cuda:
         device: the GPU's number.
 
     Raises:
-        DependencyError: PyCUDA is not installed, or there is no NVIDIA driver or GPU.
+        DependencyError: PyCUDA is not installed, or there is no NVIDIA driver or GPU, or the driver does not fit.
         DeviceLostError: the GPU stopped at an earlier error in this process.
     """
 
@@ -49,13 +47,15 @@ class Cuda:
         except ImportError as error:
             if "libcuda" in str(error):
                 raise DependencyError("no NVIDIA driver on this machine (libcuda.so.1): a GPU is needed") from error
+            if (driver := cuda_driver.unfit(error)) is not None:  # PyCUDA was compiled for a newer one
+                raise driver from error
             raise DependencyError(f"pycuda is not installed: {how_to_install('gpu')}") from error
-        library = _load_driver()
+        library = cuda_driver.load_driver()
         try:
             self._driver.init()
             context = self._driver.Device(device).retain_primary_context()
         except self._driver.Error as error:
-            raise DependencyError(f"GPU {device} can't be used: {error}") from error
+            raise cuda_driver.unfit(error) or DependencyError(f"GPU {device} can't be used: {error}") from error
         self._primary = _Primary(self._driver, library, context, device)
         self._finalizer = weakref.finalize(self, self._primary.close)
         try:
@@ -107,7 +107,7 @@ class Cuda:
             ModelError: the system refuses so much.
         """
         wanted = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        with self._primary.calls(_out_of_memory("page-locked host", wanted)):
+        with self._primary.calls(cuda_driver.out_of_memory("page-locked host", wanted)):
             array: NDArray[Any] = self._driver.pagelocked_empty(shape, dtype)
         base: Any = array.base
         self._primary.keep(id(array), array, base.free)
@@ -123,7 +123,7 @@ class Cuda:
         Raises:
             ModelError: there is not that much.
         """
-        with self._primary.calls(_out_of_memory("device", size)):
+        with self._primary.calls(cuda_driver.out_of_memory("device", size)):
             return Memory(self._primary, self._driver.mem_alloc(size))
 
     def copy_in(self, destination: "Memory", source: NDArray[Any], stream: "Stream") -> None:
@@ -259,12 +259,12 @@ class _Primary:
         """Note whether the context is lost; needs it pushed. `cause` names the call that failed."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         code = self._library.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
-        if code in STICKY:
+        if code in cuda_driver.STICKY:
             self._lost = self._lost or f"{cause}, error {code}"
 
     def refuse_if_lost(self) -> None:
         if self._lost is not None:
-            raise _lost(self._device, self._lost)
+            raise cuda_driver.lost(self._device, self._lost)
 
 
 class _Owned:
@@ -367,100 +367,3 @@ class Capture:
             self._primary.refuse_if_lost()
             raise ModelError(f"CUDA graph: {function} failed with {code}")
         return results[0] if results else None
-
-
-class PageLocked:
-    """Page-locked host memory, asked of the driver itself: for engines that work without PyCUDA.
-
-    Dropped without `close`, or at the interpreter's exit, it closes itself.
-
-    Args:
-        device: the number of the GPU that copies from and to it.
-
-    Raises:
-        DependencyError: there is no NVIDIA driver or no such GPU.
-    """
-
-    def __init__(self, device: int = 0) -> None:
-        self._driver, self._number = _load_driver(), device
-        number, self._context = ctypes.c_int(), ctypes.c_void_p()
-        for function, *args in (
-            ("cuInit", 0),
-            ("cuDeviceGet", ctypes.byref(number), device),
-            ("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), number),
-        ):
-            if code := getattr(self._driver, str(function))(*args):
-                raise DependencyError(f"GPU {device} can't be used: {function} failed with {code}")
-        self._allocated: set[int] = set()
-        self._finalizer = weakref.finalize(
-            self, _release_page_locked, self._driver, number, self._context, self._allocated
-        )
-
-    def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """A page-locked array. It lives until `free` or `close`.
-
-        Raises:
-            ModelError: there is not that much.
-            DeviceLostError: the GPU stopped at an earlier error in this process.
-        """
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        address = ctypes.c_void_p()
-        code = self._call("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(size), ctypes.c_uint(0))
-        if code in STICKY:
-            raise _lost(self._number, f"error {code}")
-        if code or address.value is None:
-            raise ModelError(f"{_out_of_memory('page-locked host', size)} (error {code})")
-        self._allocated.add(address.value)
-        memory: Any = (ctypes.c_ubyte * size).from_address(address.value)
-        array: NDArray[Any] = np.frombuffer(memory, dtype).reshape(shape)
-        return array
-
-    def free(self, array: NDArray[Any]) -> None:
-        """Free what `allocate` returned; neither it nor a view of it may be touched afterwards."""
-        self._allocated.discard(array.ctypes.data)
-        self._call("cuMemFreeHost", ctypes.c_void_p(array.ctypes.data))
-
-    def close(self) -> None:
-        """Free what is left and release the primary context; other users of it are not affected."""
-        self._finalizer()
-
-    def _call(self, function: str, *args: Any) -> int:
-        return _call_within(self._driver, self._context, function, *args)
-
-
-def _call_within(driver: Any, context: ctypes.c_void_p, function: str, *args: Any) -> int:
-    """Call the driver with a context current on this thread; its code, 0 for success."""
-    if code := driver.cuCtxPushCurrent_v2(context):
-        return int(code)
-    try:
-        return int(getattr(driver, function)(*args))
-    finally:
-        driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
-
-
-def _release_page_locked(driver: Any, device: ctypes.c_int, context: ctypes.c_void_p, allocated: set[int]) -> None:
-    while allocated:
-        _call_within(driver, context, "cuMemFreeHost", ctypes.c_void_p(allocated.pop()))
-    driver.cuDevicePrimaryCtxRelease_v2(device)
-
-
-def _load_driver() -> Any:
-    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-    try:
-        return ctypes.CDLL(name)
-    except OSError as error:
-        raise DependencyError(f"no NVIDIA driver on this machine ({name}): a GPU is needed") from error
-
-
-def _lost(device: int, cause: str) -> DeviceLostError:
-    return DeviceLostError(
-        f"GPU {device} stopped ({cause}) and can't be used again in this process: restart the process"
-    )
-
-
-def _out_of_memory(kind: str, wanted: int) -> str:
-    limit = "; raise the system's limit on locked memory (ulimit -l)" if kind != "device" else ""
-    return (
-        f"out of {kind} memory: {wanted / 2**20:.0f} MiB were wanted; build the engine for smaller groups (--max), "
-        f"split the group, or use fewer slots{limit}"
-    )

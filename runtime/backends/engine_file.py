@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.backends.cuda_driver import unfit
 from runtime.contract import ENGINE_NAME, ExportKind, Interface, TensorSpec, check_contract
 from runtime.errors import DependencyError, ModelError, OutputError
 from runtime.files import replacing
@@ -138,6 +139,8 @@ def _deserialise(path: Path, content: bytes, allow_host_code: bool) -> tuple[Any
             engine = runtime.deserialize_cuda_engine(content)
         if engine is not None:
             return trt, log, engine
+        if (driver := unfit("; ".join(heard.errors))) is not None:
+            raise driver
         said.append(f"{name} {trt.__version__}: {heard.errors[0] if heard.errors else heard.last_error}")
         if not allow_host_code and any(re.search(r"host.?code", text, re.IGNORECASE) for text in heard.errors):
             raise ModelError(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends import onnx_gpu
-from runtime.backends.cuda import PageLocked
+from runtime.backends.cuda_driver import PageLocked, unfit
 from runtime.backends.onnx_gpu import Provider
 from runtime.contract import GROUPS, WEIGHTS, ExportKind, Interface, TensorSpec, check_contract
 from runtime.errors import DependencyError, ICNetError, InputError, ModelError, how_to_install, one_line
@@ -285,9 +285,16 @@ def _session(ort: Any, path: Path, options: Any, providers: Sequence[Provider]) 
     model: Path | bytes = path if utf8_name(path) else path.read_bytes()
     with native_calls:
         try:
-            return ort.InferenceSession(model, options, providers=[*providers])
+            # Its fallback would print to standard output, hide the reason, and leave the work to the CPU.
+            return ort.InferenceSession(model, options, providers=[*providers], enable_fallback=0)
         except Exception as error:  # ONNX Runtime's exceptions have no common base but Exception
-            raise ModelError(f"{path}: not an ONNX model that ONNX Runtime can load: {_reason(error)}") from error
+            others = [name for name, _ in map(_provider, providers) if name != CPU]
+            if others and (driver := unfit(error)) is not None:
+                raise driver from error
+            what = (
+                f"can't be run with {', '.join(others)}" if others else "not an ONNX model that ONNX Runtime can load"
+            )
+            raise ModelError(f"{path}: {what}: {_reason(error)}") from error
 
 
 def _look(ort: Any, path: Path) -> tuple[Interface, dict[str, str]]:

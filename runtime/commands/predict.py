@@ -18,9 +18,9 @@ from runtime.commands.results import SHEET, GroupResults
 from runtime.errors import ICNetError, InputError, ModelError, printable
 from runtime.files import bank_files, digest
 from runtime.groups import Group, check_folder, find_groups
-from runtime.pipeline import GroupPixels, Task
 from runtime.predictor import Predictor
-from runtime.preprocess import restore_map, save_map
+from runtime.preprocess import GroupPixels, restore_map, save_map
+from runtime.stream import Task
 
 BUILTIN = "builtin"
 
@@ -156,7 +156,7 @@ def open_predictor(model: Path, threads: int | None, banks_only: bool, device: s
     """
     files = model_files(model, banks_only)
     banks = (files["intra"], files["banked"]) if "banked" in files else None
-    return Predictor(files.get("model"), bank=banks, threads=threads, providers=providers(device, model))
+    return Predictor(files.get("model"), bank_export=banks, threads=threads, providers=providers(device, model))
 
 
 def model_files(model: Path, banks_only: bool) -> dict[str, Path]:

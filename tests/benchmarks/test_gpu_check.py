@@ -93,7 +93,7 @@ def no_gpu(monkeypatch):
         raise DependencyError("no NVIDIA driver on this machine (libcuda.so.1): a GPU is needed")
 
     monkeypatch.setitem(sys.modules, "pycuda.driver", None)
-    monkeypatch.setattr("runtime.backends.cuda._load_driver", no_driver)
+    monkeypatch.setattr("runtime.backends.cuda_driver.load_driver", no_driver)
     monkeypatch.setattr(gpu_check, "_ask_driver", list)
 
 

@@ -73,8 +73,8 @@ def test_several_groups_in_one_call(exports, mnn_exports):
 def test_chunks_and_kept_banks(exports, mnn_exports):
     images, sisms = GROUPS[3]
     with (
-        Predictor(exports, bank=bank_files(exports)) as reference,
-        Predictor(bank=bank_files(mnn_exports), max_images=5) as predictor,
+        Predictor(exports, bank_export=bank_files(exports)) as reference,
+        Predictor(bank_export=bank_files(mnn_exports), max_images=5) as predictor,
     ):
         close(predictor.predict_tensors(images, sisms), reference.predict_tensors(images, sisms))
         bank = predictor.bank(images, sisms)
@@ -95,7 +95,7 @@ def test_a_file_knows_its_network(exports, mnn_exports, tmp_path):
         assert MnnBackend(path).weights_digest is None
     convert(path, onnx.load(exports), path, json.dumps({"onnx_metadata": {WEIGHTS: "0" * 64}}), [])
     with pytest.raises(ModelError, match="of another network than"):
-        Predictor(path, bank=bank_files(exports))
+        Predictor(path, bank_export=bank_files(exports))
 
 
 @pytest.mark.parametrize(

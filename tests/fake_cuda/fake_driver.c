@@ -35,7 +35,7 @@ static int alive[KINDS], made[KINDS], abandoned, references, releases_too_many, 
 static CUcontext primary;
 static size_t device_limit = (size_t)-1, host_limit = (size_t)-1, held[KINDS];
 static char failing[64];
-static int failing_code, failing_after, last_wait_flags = -1;
+static int failing_code, failing_after, last_wait_flags = -1, version = 13000;
 static __thread CUcontext stack[64];
 static __thread int depth;
 static __thread CUstreamCaptureMode thread_mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
@@ -147,15 +147,20 @@ static CUresult submit(CUstream handle, void *to, const void *from, size_t size)
 
 /* --- devices and contexts */
 
-CUresult cuInit(unsigned flags) { return initialised = 1, CUDA_SUCCESS; }
-CUresult cuDriverGetVersion(int *version) { return *version = 13000, CUDA_SUCCESS; }
+CUresult cuInit(unsigned flags) { return failing_code && !strcmp(failing, __func__) ? failing_code : (initialised = 1, CUDA_SUCCESS); }
+CUresult cuDriverGetVersion(int *found) { return *found = version, CUDA_SUCCESS; }
 CUresult cuDeviceGetCount(int *count) { return *count = 1, CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice *device, int number) {
     return *device = number, number ? CUDA_ERROR_INVALID_DEVICE : CUDA_SUCCESS;
 }
 CUresult cuGetErrorString(CUresult code, const char **text) {
     static __thread char line[32];
-    const char *known = code == 2 ? "out of memory" : code == 719 ? "unspecified launch failure" : NULL;
+    const char *known = code == 2     ? "out of memory"
+                        : code == 34  ? "CUDA driver is a stub library"
+                        : code == 719 ? "unspecified launch failure"
+                        : code == 803 ? "system has unsupported display driver / cuda driver combination"
+                        : code == 804 ? "forward compatibility was attempted on non supported HW"
+                                      : NULL;
     if (!known) strcpy(line, "error "), line[6] = '0' + code / 100, line[7] = '0' + code / 10 % 10, line[8] = '0' + code % 10, line[9] = 0;
     return *text = known ? known : line, CUDA_SUCCESS;
 }
@@ -321,6 +326,7 @@ int fake_abandoned(void) { return abandoned; }         /* objects that were aliv
 int fake_alive(int kind) { return alive[kind]; }
 int fake_made(int kind) { return made[kind]; }
 int fake_wait_flags(void) { return last_wait_flags; }  /* of the event that was waited for last */
+void fake_version(int wanted) { version = wanted; } /* of CUDA, as 1000 * major + 10 * minor */
 void fake_limits(size_t device, size_t host) { device_limit = device, host_limit = host; }
 void fake_fail(const char *function, int code, int after) { /* once, after so many calls of it */
     strncpy(failing, function, sizeof failing - 1), failing_after = after, failing_code = code;

@@ -418,7 +418,8 @@ def _calls(lab: Lab, case: Case) -> dict[str, Callable[[], Any]]:
     calls |= {f"max_images {v!r}": opened(plain, max_images=v) for v in numbers[:5]}
     calls |= {f"max_delay_ms {v!r}": opened(plain, max_delay_ms=v) for v in (-1, "2", float("nan"), float("inf"), None)}
     calls |= {f"slots {v!r}": opened(plain, slots=v) for v in (0, 1, "2", None)}
-    calls |= {f"bank files {v!r}": opened(bank=v) for v in ((), ("a",), 5, "ab", (None, None), (1, 2), ("a", "b", "c"))}
+    no_files = ((), ("a",), 5, "ab", (None, None), (1, 2), ("a", "b", "c"))
+    calls |= {f"bank_export {v!r}": opened(bank_export=v) for v in no_files}
     calls |= {f"Bank {v!r}": (lambda v=v: Bank(bank.sivs, v)) for v in (None, 5, b"x", [])}
     calls |= {f"sivs {v!r}": (lambda v=v: Bank(v, "m")) for v in (None, 5, [[1.0]], np.zeros(3), np.zeros((2, 2)))}
     calls |= {f"bank + {v!r}": (lambda v=v: bank + v) for v in (None, 5, [], bank.sivs, Bank(bank.sivs, "other"))}

@@ -131,14 +131,14 @@ class Lab:
     @cached_property
     def predictor(self) -> Predictor:
         """The plain model and its bank export."""
-        return Predictor(self.models["plain"], bank=bank_files(self.models["bank"]), threads=1)
+        return Predictor(self.models["plain"], bank_export=bank_files(self.models["bank"]), threads=1)
 
     @cached_property
     def bank(self) -> Path:
         """A bank of the data set's largest group."""
         path = self.folder / "bank.npz"
         group = "dog"
-        with Predictor(bank=bank_files(self.models["bank"]), threads=1) as predictor:
+        with Predictor(bank_export=bank_files(self.models["bank"]), threads=1) as predictor:
             predictor.bank(sorted((self.data / f"img/{group}").iterdir()), self.sisms(group)).save(path)
         return path
 

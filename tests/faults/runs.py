@@ -192,7 +192,7 @@ def closing(lab: Lab, case: Case) -> None:
     )
     bank = bank_files(lab.models["bank"])
     predictor = (
-        Predictor(bank=bank, threads=1)
+        Predictor(bank_export=bank, threads=1)
         if mode == "chunked"
         else Predictor(lab.models[mode], threads=1, max_delay_ms=case.one_of([0, 30_000]) if mode == "packed" else 0)
     )
@@ -234,7 +234,7 @@ import sys, threading, time
 import numpy as np
 from runtime import Predictor
 mode, model, intra, banked, wait = sys.argv[1:]
-predictor = Predictor(bank=(intra, banked), threads=2) if mode == "chunked" else Predictor(model, threads=2)
+predictor = Predictor(bank_export=(intra, banked), threads=2) if mode == "chunked" else Predictor(model, threads=2)
 n = 40 if mode == "chunked" else 3
 group = np.zeros((n, 224, 224, 3), np.uint8), np.zeros((n, 224, 224), np.uint8)
 def calls():

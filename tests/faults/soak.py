@@ -203,7 +203,7 @@ def main() -> int:
         packed_file, bank = make_models(Path(folder))
         with (
             Predictor(packed_file, threads=2, max_delay_ms=2) as packed,
-            Predictor(bank=bank, threads=2, max_images=CHUNK) as banks,
+            Predictor(bank_export=bank, threads=2, max_images=CHUNK) as banks,
         ):
             soak = Soak(samples(packed, banks, 60, np.random.default_rng(0)), args.groups)
             threads = [threading.Thread(target=soak.work, args=(i,), daemon=True) for i in range(args.threads)]

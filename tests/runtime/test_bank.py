@@ -33,7 +33,7 @@ def plain(exports):
 @pytest.fixture(scope="module")
 def banks(exports):
     """The two files of the bank export alone, 16 images at once."""
-    with Predictor(bank=bank_files(exports), max_images=16, threads=1) as predictor:
+    with Predictor(bank_export=bank_files(exports), max_images=16, threads=1) as predictor:
         yield predictor
 
 
@@ -47,7 +47,7 @@ def other(tmp_path_factory):
 @given(n=st.integers(1, 40), chunk=st.integers(1, 40))
 def test_chunks_are_the_whole(exports, plain, n, chunk):
     group = tensors(n)
-    with Predictor(exports, bank=bank_files(exports), max_images=chunk, threads=1) as predictor:
+    with Predictor(exports, bank_export=bank_files(exports), max_images=chunk, threads=1) as predictor:
         close(predictor.predict_tensors(*group), plain.predict_tensors(*group))
 
 
@@ -82,10 +82,10 @@ def test_maps_have_the_sizes_of_their_images(banks):
 
 def test_streams_of_groups_take_chunks_where_they_must(exports, plain):
     groups = [tensors(n) for n in (2, 9, 3, 20)]
-    with Predictor(exports, bank=bank_files(exports), max_images=4) as predictor:
+    with Predictor(exports, bank_export=bank_files(exports), max_images=4) as predictor:
         for maps, group in zip(predictor.predict_groups(groups), groups, strict=True):
             close(np.stack(maps), plain.predict_tensors(*group))
-    with Predictor(exports.with_name("icnet.packed.onnx"), bank=bank_files(exports), max_images=4) as predictor:
+    with Predictor(exports.with_name("icnet.packed.onnx"), bank_export=bank_files(exports), max_images=4) as predictor:
         for maps, group in zip(predictor.predict_groups(groups), groups, strict=True):
             close(np.stack(maps), plain.predict_tensors(*group))
         close(predictor.predict_tensors(*groups[1]), plain.predict_tensors(*groups[1]))
@@ -148,7 +148,7 @@ def test_files_that_are_no_bank(tmp_path, write, message):
 def test_banks_that_do_not_belong(banks, other):
     images, sisms = tensors(2)
     bank = banks.bank(images, sisms)
-    with Predictor(bank=bank_files(other)) as predictor:
+    with Predictor(bank_export=bank_files(other)) as predictor:
         foreign = predictor.bank(images, sisms)
         for call in (
             lambda: predictor.against(bank, images, sisms),
@@ -177,7 +177,7 @@ def test_banks_are_the_same_models_in_every_precision(banks, exports, tmp_path):
     for file, interface in zip(files, ("intra", "banked"), strict=True):
         write_onnx(half_precision(network), file, interface, {WEIGHTS: weights_digest(network)})
     images, sisms = tensors(3)
-    with Predictor(bank=files) as half:
+    with Predictor(bank_export=files) as half:
         found = np.stack(half.against(banks.bank(images, sisms), images, sisms))
     assert np.abs(found - banks.predict_tensors(images, sisms)).mean() < 5e-3
 
@@ -190,7 +190,7 @@ def test_files_that_do_not_say_what_they_are_know_their_own_banks_only(exports, 
         files.append(tmp_path / path.name)
         onnx.save(model, files[-1])
     images, sisms = tensors(2)
-    with Predictor(bank=tuple(files)) as predictor, Predictor(bank=bank_files(exports)) as known:
+    with Predictor(bank_export=tuple(files)) as predictor, Predictor(bank_export=bank_files(exports)) as known:
         bank = predictor.bank(images, sisms)
         assert bank.model == sha256("".join(sha256(f.read_bytes()).hexdigest() for f in files).encode()).hexdigest()
         assert len(predictor.against(bank, images, sisms)) == 2
@@ -208,16 +208,16 @@ def test_files_that_are_no_bank_export_or_of_two(exports, other):
         ((intra, intra.with_name("none.onnx")), "no such model file"),
     ]:
         with pytest.raises(ModelError, match=message):
-            Predictor(bank=files)
+            Predictor(bank_export=files)
     with pytest.raises(ModelError, match=r"icnet\.banked\.onnx: of another network than .*icnet\.onnx"):
-        Predictor(exports, bank=bank_files(other))
+        Predictor(exports, bank_export=bank_files(other))
     with pytest.raises(ModelError, match=r"icnet\.intra\.onnx: one of the two files of a bank export; give both"):
         Predictor(intra)
-    for files in ("icnet.intra.onnx", (intra,), (intra, banked, banked)):
-        with pytest.raises(InputError, match="bank: expected two paths"):
-            Predictor(bank=files)
+    for files in ("icnet.intra.onnx", (intra,), (intra, banked, banked), Bank(np.zeros((2, 40), np.float32), "x")):
+        with pytest.raises(InputError, match="bank_export: expected two paths"):
+            Predictor(bank_export=files)
     with pytest.raises(InputError, match="expected a path, got int"):
-        Predictor(bank=(intra, 3))
+        Predictor(bank_export=(intra, 3))
 
 
 def test_a_plain_model_says_what_banks_take(plain, banks):
@@ -232,7 +232,7 @@ def test_a_bank_of_a_fixed_size(exports, tmp_path):
     model.graph.input[2].type.tensor_type.shape.dim[0].dim_value = 3
     save_model(model, tmp_path / "icnet.banked.onnx")
     images, sisms = tensors(3)
-    with Predictor(bank=(intra, tmp_path / "icnet.banked.onnx")) as predictor:
+    with Predictor(bank_export=(intra, tmp_path / "icnet.banked.onnx")) as predictor:
         assert len(predictor(images, sisms)) == 3
         with pytest.raises(ModelError, match="built for banks of exactly 3 images, got 2"):
             predictor(images[:2], sisms[:2])
@@ -250,7 +250,8 @@ from runtime import Predictor
 from runtime.files import bank_files
 from pathlib import Path
 n, path, chunks = int(sys.argv[1]), Path(sys.argv[2]), len(sys.argv) > 3
-with Predictor(None if chunks else path, bank=bank_files(path) if chunks else None, max_images=4, threads=1) as p:
+files = {"bank_export": bank_files(path)} if chunks else {"model": path}
+with Predictor(**files, max_images=4, threads=1) as p:
     p.predict_tensors(np.zeros((n, 224, 224, 3), np.uint8), np.zeros((n, 224, 224), np.uint8))
 print(peak_memory())
 """

@@ -14,7 +14,8 @@ from runtime import ICNetError, Predictor
 from runtime.backends.mnn import MnnBackend
 from runtime.backends.onnx import OnnxBackend
 from runtime.files import bank_files
-from runtime.pipeline import Pipeline, Task
+from runtime.pipeline import Pipeline
+from runtime.stream import Task
 from runtime.threads import Workers
 from tests.runtime.test_packing import tensors, until
 
@@ -23,7 +24,7 @@ CLOSED = "this Predictor is closed"
 
 
 def test_a_call_in_chunks_ends_with_the_chunk_in_work(exports, monkeypatch):
-    predictor = Predictor(bank=bank_files(exports), max_images=2, threads=1)
+    predictor = Predictor(bank_export=bank_files(exports), max_images=2, threads=1)
     bank = predictor.bank(*tensors(2))
     calls = []
     submit = OnnxBackend.submit

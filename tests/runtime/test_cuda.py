@@ -11,8 +11,9 @@ from tests import fake_cuda
 START = """
 import gc, threading
 import numpy as np
-from runtime import ICNetError
-from runtime.backends.cuda import Cuda, PageLocked
+from runtime import DependencyError, ICNetError
+from runtime.backends.cuda import Cuda
+from runtime.backends.cuda_driver import PageLocked
 from tests.fake_cuda.control import *
 
 def work(cuda):
@@ -332,6 +333,66 @@ def test_a_sticky_error_that_another_library_met(run):
             raise AssertionError
         cuda.close()
         assert driver.fake_references() == driver.fake_depth() == 0 and not alive()
+    """)
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (34, "is a stub to link with: "),
+        (803, "does not fit the kernel's part of it: restart the machine"),
+        (804, r"comes from a compatibility package (cuda-compat)"),
+    ],
+)
+@pytest.mark.parametrize("opened", ["Cuda", "PageLocked"])
+def test_a_driver_that_does_not_fit_the_machine(run, opened, code, remedy):
+    run(f"""
+        driver.fake_version(12020)
+        fail("cuInit", {code})
+        try:
+            {opened}()
+        except DependencyError as error:
+            assert str(error).startswith("the NVIDIA driver (it runs CUDA up to 12.2) {remedy}"), error
+            assert "cuInit failed" in str(error) and "\\n" not in str(error), error
+        else:
+            raise AssertionError
+    """)
+
+
+def test_a_driver_older_than_pycuda_was_compiled_for(run, tmp_path):
+    (tmp_path / "pycuda").mkdir()
+    (tmp_path / "pycuda/__init__.py").touch()
+    said = "_driver.cpython-311-x86_64-linux-gnu.so: undefined symbol: cuMemHostGetDevicePointer_v2"
+    (tmp_path / "pycuda/driver.py").write_text(f"raise ImportError({said!r})")
+    run(f"""
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        driver.fake_version(11040)
+        try:
+            Cuda()
+        except DependencyError as error:
+            assert "(it runs CUDA up to 11.4) is too old for the installed packages: update it" in str(error), error
+            assert "cuMemHostGetDevicePointer_v2" in str(error), error
+        else:
+            raise AssertionError
+    """)
+
+
+def test_a_driver_older_than_tensorrt_needs(run, tmp_path):
+    """The real TensorRT-RTX, whose CUDA runtime asks the fake driver for its version."""
+    pytest.importorskip("tensorrt_rtx")
+    (tmp_path / "x.engine").write_bytes(bytes(1000))
+    run(f"""
+        from runtime import Predictor
+        driver.fake_version(11040)
+        try:
+            Predictor({str(tmp_path / "x.engine")!r})
+        except DependencyError as error:
+            assert "(it runs CUDA up to 11.4) is too old for the installed packages: update it" in str(error), error
+            assert "35" in str(error) and "\\n" not in str(error), error
+        else:
+            raise AssertionError
+        check_clean()
     """)
 
 

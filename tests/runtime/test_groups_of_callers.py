@@ -154,6 +154,6 @@ def test_max_images_is_that_of_a_chunk_too(exports, monkeypatch):
         return submit(self, *arrays, last=last)
 
     monkeypatch.setattr(OnnxBackend, "submit", counting)
-    with Predictor(bank=bank_files(exports), max_images=2, threads=1) as predictor:
+    with Predictor(bank_export=bank_files(exports), max_images=2, threads=1) as predictor:
         predictor.predict_tensors(*tensors(5))
     assert (max(sizes), sum(sizes)) == (2, 2 * 5)

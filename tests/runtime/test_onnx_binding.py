@@ -169,6 +169,37 @@ def test_a_model_that_gives_more_maps_than_there_is_room_for(gpu, tmp_path):
         predictor.predict_tensors(*group(2))
 
 
+def test_a_driver_older_than_onnx_runtime_needs(small_model, monkeypatch, capsys):
+    """ONNX Runtime's own fallback would print, and compute on the CPU."""
+    said = (
+        "CUDA failure 35: CUDA driver version is insufficient for CUDA runtime version ; GPU=-1 ; expr=cudaSetDevice("
+        "info_.device_id);"
+    )
+    real = onnxruntime.InferenceSession
+
+    class Session(real):
+        def __init__(self, path, options, providers, **others):
+            self.fails = providers != [CPU]
+            super().__init__(path, options, providers=[CPU], **others)
+
+        def _create_inference_session(self, *args):
+            if self.fails:
+                self.fails = False
+                raise RuntimeError(said)
+            super()._create_inference_session(*args)
+
+    install(Gpu(), monkeypatch)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", CPU])
+    with pytest.raises(DependencyError, match=r"CUDA up to 12\.2\) is too old .*CUDA failure 35") as caught:
+        Predictor(small_model, providers=["CUDAExecutionProvider"])
+    assert "\n" not in str(caught.value)
+    said = "CUDA failure 100: no CUDA-capable device is detected"
+    with pytest.raises(ModelError, match="can't be run with CUDAExecutionProvider: CUDA failure 100"):
+        Predictor(small_model, providers=["CUDAExecutionProvider"])
+    assert capsys.readouterr() == ("", "")
+
+
 def test_no_such_gpu_and_no_driver(gpu, small_model, monkeypatch):
     with pytest.raises(DependencyError, match="GPU 3 can't be used: cuDeviceGet failed with 101"):
         Predictor(small_model, providers=[(CPU, {"device_id": "3"})])
@@ -234,9 +265,9 @@ class TestProviders:
         seen, real = [], onnxruntime.InferenceSession
 
         class Session(real):
-            def __init__(self, path, options, providers):
+            def __init__(self, path, options, providers, **others):
                 seen.append(providers)
-                super().__init__(path, options, providers=[CPU])
+                super().__init__(path, options, providers=[CPU], **others)
 
             def get_providers(self):
                 return [onnx_gpu.TENSORRT, onnx_gpu.CUDA, CPU]
@@ -307,7 +338,7 @@ def test_packs_and_banks_go_through_bindings(gpu, exports, expected):
     groups = [tensors for tensors, _ in expected]
     with (
         Predictor(exports.with_name("icnet.packed.onnx"), threads=1, max_images=8) as packed,
-        Predictor(bank=bank_files(exports), threads=1, max_images=4) as banks,
+        Predictor(bank_export=bank_files(exports), threads=1, max_images=4) as banks,
     ):
         for found, (tensors, maps) in zip(packed.predict_groups(groups), expected, strict=True):
             np.testing.assert_allclose(np.stack(found), maps, atol=2e-2)

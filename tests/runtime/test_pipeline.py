@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from runtime import ICNetError, InputError, ModelError, Predictor
-from runtime.pipeline import Pipeline, Task
+from runtime.pipeline import Pipeline
+from runtime.stream import Task
 from runtime.threads import Workers
 from tests.runtime.test_packing import tensors, until
 

@@ -171,7 +171,7 @@ def test_a_provider_that_is_silently_not_used_is_an_error(onnx_file, monkeypatch
     monkeypatch.setattr(
         onnxruntime,
         "InferenceSession",
-        lambda path, options, providers: session(path, options, providers=providers[1:]),
+        lambda path, options, providers, **others: session(path, options, providers=providers[1:], **others),
     )
     with pytest.raises(ModelError, match=r"CUDAExecutionProvider was asked for but could not be started"):
         Predictor(onnx_file, providers=[cuda, "CPUExecutionProvider"])

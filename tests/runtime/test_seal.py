@@ -104,7 +104,7 @@ def test_the_bank_files_are_verified_too(exports, tmp_path):
         files[-1].write_bytes(flipped(whole, len(whole) // 2))
     for bank in ((files[0], exports.with_name("icnet.banked.onnx")), (exports.with_name("icnet.intra.onnx"), files[1])):
         with pytest.raises(ModelError, match="damaged, or edited"):
-            Predictor(bank=bank)
+            Predictor(bank_export=bank)
 
 
 def test_what_others_convert_has_no_digest(folder, tmp_path):

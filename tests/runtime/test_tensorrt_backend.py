@@ -647,7 +647,7 @@ def test_packed_engines(any_gpu, exports, tmp_path, expected):
 
 
 def test_bank_engines(any_gpu, bank_engines, expected):
-    with Predictor(bank=bank_engines) as predictor:
+    with Predictor(bank_export=bank_engines) as predictor:
         for _ in range(3):
             for tensors, maps in expected:
                 np.testing.assert_allclose(predictor.predict_tensors(*tensors), maps, atol=2e-2)
@@ -664,7 +664,7 @@ def test_bank_engines(any_gpu, bank_engines, expected):
 
 
 def test_an_engine_and_its_bank_export(gpu, engine, bank_engines, small_model):
-    with Predictor(engine, bank=bank_engines) as predictor, Predictor(small_model, threads=1) as cpu:
+    with Predictor(engine, bank_export=bank_engines) as predictor, Predictor(small_model, threads=1) as cpu:
         for n in (12, 13, 30):
             np.testing.assert_allclose(predictor.predict_tensors(*group(n)), cpu.predict_tensors(*group(n)), atol=2e-2)
     gc.collect()
@@ -674,7 +674,7 @@ def test_an_engine_and_its_bank_export(gpu, engine, bank_engines, small_model):
 def test_an_error_in_the_second_of_three_models_frees_the_first(gpu, engine, bank_engines):
     bank_engines[1].write_bytes(b"something else")
     with pytest.raises(ModelError, match="Magic tag"):
-        Predictor(engine, bank=bank_engines)
+        Predictor(engine, bank_export=bank_engines)
     gc.collect()
     assert gpu.leaks() == {}
 

@@ -163,7 +163,7 @@ def pycuda_driver(gpu):
 
 
 def library(gpu):
-    """`libcuda.so.1`, as far as `runtime.backends.cuda.PageLocked` calls it."""
+    """`libcuda.so.1`, as far as `runtime.backends.cuda_driver.PageLocked` calls it."""
 
     def retain(context, device):
         gpu.make("context")
@@ -200,8 +200,12 @@ def library(gpu):
         gpu.drop("page-locked memory")
         return 0
 
+    def version(pointer):
+        pointer._obj.value = 12020
+        return 0
+
     return SimpleNamespace(
-        cuInit=lambda flags: 0, cuDeviceGet=lambda device, number: 101 if number else 0,
+        cuDriverGetVersion=version, cuInit=lambda flags: 0, cuDeviceGet=lambda device, number: 101 if number else 0,
         cuDevicePrimaryCtxRetain=retain, cuDevicePrimaryCtxRelease_v2=release, cuCtxPushCurrent_v2=push,
         cuCtxPopCurrent_v2=pop, cuMemHostAlloc=allocate, cuMemFreeHost=free,
         cuMemGetInfo_v2=lambda free, total: gpu.sticky, cuThreadExchangeStreamCaptureMode=lambda mode: 0,

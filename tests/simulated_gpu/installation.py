@@ -27,5 +27,5 @@ def install(gpu, monkeypatch):
         if module is not None:
             module.__spec__ = ModuleSpec(name, None)  # PyTorch looks for it
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr("runtime.backends.cuda._load_driver", lambda: library(gpu))
+    monkeypatch.setattr("runtime.backends.cuda_driver.load_driver", lambda: library(gpu))
     return gpu
