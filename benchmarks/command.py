@@ -12,21 +12,9 @@ from benchmarks.describe import PAGES
 from benchmarks.render import to_terminal, wide_console
 from evaluation.record import recording
 from runtime import InputError
+from runtime.commands.options import number
 from runtime.predictor import MAX_THREADS
 from runtime.threads import cores
-
-
-def number(least: int = 1, most: int | None = None) -> Callable[[str], int]:
-    """The type of an option that takes whole numbers in a range."""
-
-    def whole_number(text: str) -> int:
-        value = int(text)
-        if value < least or (most is not None and value > most):
-            span = f"from {least}" if most is None else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"expected a whole number {span}, got {text!r}")
-        return value
-
-    return whole_number
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, device: bool = True) -> None:

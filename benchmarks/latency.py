@@ -31,7 +31,7 @@ from rich.markup import escape
 
 from benchmarks import end_to_end, gpu
 from benchmarks.agreement import Agreement, bounds, judged, precision_of, prepare
-from benchmarks.command import add_common_arguments, check_models, measuring, number
+from benchmarks.command import add_common_arguments, check_models, measuring
 from benchmarks.machine import available_memory, header, matrix_product
 from benchmarks.records import Alone, Gpu, Group, Latency, RunnerRow
 from benchmarks.runners import (
@@ -55,6 +55,7 @@ from evaluation.record import labels
 from export.icnet import ICNet
 from export.onnx_file import total_flop
 from runtime import ICNetError, InputError, ModelError, Predictor
+from runtime.commands.options import number
 from runtime.files import digest
 
 Maps = NDArray[np.float32]

@@ -267,7 +267,9 @@ def load(path: Path) -> Any:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: can't be read: {error.strerror or error}") from error
+    except ValueError as error:
         raise InputError(f"{path}: can't be read as results: {error}") from error
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         raise InputError(f"{path}: not results of schema {SCHEMA}; measure again with this version")

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 def _block(document: Path, folder: Path, stale: dict[Path, Plot], match: re.Match[str]) -> str:
     """A block of a document made anew; notes its plot if it is missing or was drawn from other results."""
     source, image = folder / f"{match[2]}.json", folder / f"{match[2]}.png"
-    page = _page(source, short=bool(match[3]))
+    page = _page(document, source, short=bool(match[3]))
     if page.plot and _drawn_from(image) != digest(source):
         stale[image] = page.plot
     link = Path(os.path.relpath(image, document.parent)).as_posix()
@@ -84,10 +84,10 @@ def _drawn_from(plot: Path) -> str | None:
         return image.info.get("Source")
 
 
-def _page(path: Path, short: bool) -> Page:
+def _page(document: Path, path: Path, short: bool) -> Page:
     results = load(path)
     if short and results["kind"] != "latency":
-        raise InputError(f"<!-- results: {path.stem} summary -->: there is a summary of latency only")
+        raise InputError(f"{document}: <!-- results: {path.stem} summary -->: there is a summary of latency only")
     try:
         return summary(results) if short else PAGES[results["kind"]](results)
     except (KeyError, TypeError, AttributeError, ValueError) as error:  # edited by hand, perhaps

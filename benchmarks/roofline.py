@@ -28,7 +28,7 @@ from rich.progress import Progress
 from benchmarks import describe
 from benchmarks.agreement import prepare
 from benchmarks.cards import CARDS
-from benchmarks.command import add_common_arguments, measuring, number
+from benchmarks.command import add_common_arguments, measuring
 from benchmarks.machine import copy, header, matrix_product
 from benchmarks.records import NodeRow, Roofline
 from benchmarks.render import Plot, to_png
@@ -36,6 +36,7 @@ from benchmarks.runners import OURS_ONNX, REFERENCE_ONNX, inputs
 from benchmarks.timing import Times, interleaved, warm_up
 from export.onnx_file import Node, count, cpu_session, load_model
 from runtime import InputError, ModelError, Predictor
+from runtime.commands.options import number
 from runtime.contract import SIZE
 from runtime.errors import one_line
 from runtime.files import digest

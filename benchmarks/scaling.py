@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from benchmarks import gpu
-from benchmarks.command import add_common_arguments, check_models, measuring, number
+from benchmarks.command import add_common_arguments, check_models, measuring
 from benchmarks.machine import available_memory, header
 from benchmarks.records import PackRow, ScaledModel, Scaling
 from benchmarks.runners import Setting, alone, inputs, load
@@ -27,6 +27,7 @@ from benchmarks.timing import Times, extrapolated, interleaved, line, ratio, war
 from evaluation.record import labels
 from runtime import ICNetError, ModelError, Predictor
 from runtime.bank_models import MAX_IMAGES
+from runtime.commands.options import number
 from runtime.files import bank_files, digest
 
 SIZES = [1, 2, 5, 10, 20, 50, 100, 200, 300]
@@ -95,7 +96,9 @@ def _measure(found: ScaledModel, path: Path, setting: Setting, n: int, calls: in
     free, rows = available_memory(), found["sizes"]
     need = extrapolated({row["n"]: row["peak_memory_bytes"] for row in rows}, n)
     if free is not None and need > SPARE * free:
-        found["not_run"][str(n)] = f"would take {need / 1e9:.0f} GB of the {free / 1e9:.0f} GB free"
+        found["not_run"][str(n)] = (
+            f"would take {need / 1e9:.0f} GB; {free / 1e9:.0f} GB are free, of which a size may take {SPARE:.0%}"
+        )
         return
     try:
         row = alone(str(path.absolute()), setting, n, calls)

@@ -24,12 +24,13 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from benchmarks import gpu
-from benchmarks.command import add_common_arguments, measuring, number
+from benchmarks.command import add_common_arguments, measuring
 from benchmarks.machine import header
 from benchmarks.records import ServedModel, StreamRow, Throughput
 from benchmarks.runners import Setting, inputs, load
 from evaluation.record import labels
 from runtime import InputError, Predictor
+from runtime.commands.options import number
 from runtime.files import digest
 from runtime.groups import find_groups
 from runtime.predictor import MAX_THREADS

@@ -36,7 +36,7 @@ from runtime.errors import DependencyError, InputError, how_to_install
 from runtime.files import check_outputs, digest, replacing, same_file, write_json
 from runtime.predictor import MAX_THREADS
 
-ENOUGH = 8  # groups; see the curve in the README
+ENOUGH = 8  # groups; see the table in docs/int8.md
 DEFAULT_METHOD = "entropy"
 NOT_REACHED = 1  # exit code: a model was written, but its accuracy drops by more than --max-drop
 

@@ -126,12 +126,13 @@ def read_precision_plan(path: Path, model: ExportedModel) -> list[str]:
     """
     try:
         layers = json.loads(path.read_text(encoding="utf-8"))["float_layers"]
+        if not isinstance(layers, list):
+            raise TypeError("float_layers is no list")
     except (OSError, RecursionError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a precision plan; icnet calibrate --max-drop writes one") from error
     known = {layer.name for layer in model.candidates}
-    if not isinstance(layers, list) or not {*map(str, layers)} <= known:
-        other = min({*map(str, layers)} - known, default="none") if isinstance(layers, list) else "none"
-        raise InputError(f"{path}: a precision plan for another network: {model.path} has no layer {other}")
+    if other := {*map(str, layers)} - known:
+        raise InputError(f"{path}: a precision plan for another network: {model.path} has no layer {min(other)}")
     return layers
 
 

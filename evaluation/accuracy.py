@@ -25,6 +25,7 @@ from evaluation.metrics import BETA2, TITLES
 from evaluation.record import SISMS, labels, recording, versions
 from runtime import DependencyError, InputError, Predictor
 from runtime.commands.device import add_device_argument, providers
+from runtime.commands.options import number, share
 from runtime.errors import how_to_install
 from runtime.files import bank_files, check_outputs, digest, same_file, write_picture
 from training.groups import add_group_arguments, add_material_arguments
@@ -122,13 +123,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mode = modes.add_mutually_exclusive_group()
     shares, sizes = (" ".join(map(str, values)) for values in (corrupted_sisms.SHARES, bank_sizes.SIZES))
     wrong = f"score with these shares of the SISMs plainly wrong (default {shares})"
-    mode.add_argument("--corrupt-sisms", type=float, nargs="*", metavar="SHARE", help=wrong)
+    mode.add_argument("--corrupt-sisms", type=share, nargs="*", metavar="SHARE", help=wrong)
     banks = f"score new images against banks of so many images (default {sizes}); MODEL is NAME.onnx of a bank export"
-    mode.add_argument("--bank-sizes", type=int, nargs="*", metavar="N", help=banks)
+    mode.add_argument("--bank-sizes", type=number(), nargs="*", metavar="N", help=banks)
     add_material_arguments(modes.add_argument, required=False)
     add_group_arguments(modes.add_argument)
     add = parser.add_argument_group("with --bank-sizes, where --images is not used").add_argument
-    add("--new", type=int, default=10, metavar="N", help="new images per group (default 10)")
+    add("--new", type=number(), default=10, metavar="N", help="new images per group (default 10)")
     add("--picture", type=Path, metavar="JPG", help="show the largest bank at work on one group")
     add("--show", metavar="CLASS", help="the class in the picture (default: that of the first group)")
 

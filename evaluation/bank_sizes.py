@@ -84,8 +84,6 @@ def measure(args: argparse.Namespace, progress: Progress) -> tuple[Results, Imag
         InputError: an option is out of range, or the material can't be used.
         ModelError: there is no bank export, or it fails.
     """
-    if min(args.new, *args.bank_sizes, 1) < 1:
-        raise InputError("--new and --bank-sizes take numbers from 1")
     maker = find_material(args)
     if args.show is not None and args.show not in maker.names:
         raise InputError(f"{args.cutouts}: no class {args.show} in it")

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from evaluation.metrics import TITLES, Scores
 from evaluation.record import SISMS, labels
-from runtime import InputError, Predictor
+from runtime import Predictor
 from runtime.commands.device import providers
 from runtime.files import digest, write_picture
 from training.groups import find_material
@@ -79,12 +79,10 @@ def measure(args: argparse.Namespace, progress: Progress) -> Results:
     """Score everything at every share, and print a table.
 
     Raises:
-        InputError: an option is out of range, or the material can't be used.
+        InputError: MIN of --distractors is above MAX, or the material can't be used.
         ModelError: a model fails.
     """
     shares = sorted(set(args.corrupt_sisms)) or list(SHARES)
-    if not all(0 <= share <= 1 for share in shares):
-        raise InputError("--corrupt-sisms takes shares from 0 to 1")
     maker = find_material(args)
     names = dict(zip(labels(args.models), args.models, strict=True))
     blind = [f"{name}, {BLIND}" for name in names]

@@ -51,7 +51,10 @@ class Dataset:
             InputError: the data set was listed without SISMs.
         """
         if self.sisms is None:
-            raise InputError(f"{self.path}: listed without SISMs, which a model needs")
+            raise InputError(
+                f"{self.path}: listed without SISMs, which a model needs; "
+                "give find_dataset a folder of SISMs, or 'builtin'"
+            )
         with Workers() as workers:
             for group in self.groups:
                 if group.sisms is not None:

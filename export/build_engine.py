@@ -94,7 +94,9 @@ def run(args: argparse.Namespace) -> int:
 def _build_mnn(args: argparse.Namespace) -> int:
     given = [name for name, value in vars(args).items() if value not in (None, False, [])]
     if foreign := [name for name in given if name not in ("backend", "onnx", "output")]:
-        raise InputError(f"--{foreign[0].replace('_', '-')}: belongs to TensorRT; an MNN file takes any group size")
+        raise InputError(
+            f"--{foreign[0].replace('_', '-')}: is for TensorRT; leave it out, an MNN file takes any group size"
+        )
     from export.to_mnn import build_mnn
 
     console = Console()

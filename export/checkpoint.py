@@ -185,7 +185,7 @@ def _load(path: str | os.PathLike[str]) -> Any:
                 f"{path}: needs pickled code to load, which could do anything; save only tensors: "
                 "torch.save({'state_dict': model.state_dict()}, path)"
             ) from error
-        raise CheckpointError(f"{path}: not a PyTorch checkpoint, or a damaged one") from error
+        raise CheckpointError(f"{path}: not a PyTorch checkpoint, or a damaged one; get a whole copy") from error
 
 
 def _tensors(path: str | os.PathLike[str], state: Mapping[Any, Any]) -> dict[str, Tensor]:
@@ -223,7 +223,7 @@ def check_state(path: str | os.PathLike[str], module: torch.nn.Module, state: Ma
     if problems:
         raise CheckpointError(f"{path}: does not fit the network: {'; '.join(problems)}")
     if broken := [name for name in shared if not state[name].to(expected[name].dtype).isfinite().all()]:
-        raise CheckpointError(f"{path}: NaN or infinite values in {_some(broken)}")
+        raise CheckpointError(f"{path}: NaN or infinite values in {_some(broken)}; get another copy, or train again")
 
 
 def _some(names: list[str], most: int = 5) -> str:

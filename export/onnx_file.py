@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.contract import FILE_DIGEST, ExportKind, TensorSpec
-from runtime.errors import DependencyError, ModelError, one_line
+from runtime.errors import DependencyError, ModelError, how_to_install, one_line
 from runtime.files import UNSEALED, check_seal, seal, write_bytes
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def load_model(path: Path, data: bytes | None = None, weights: bool = True) -> "
     try:
         import onnx
     except ImportError as error:
-        raise DependencyError("onnx is not installed: pip install onnx") from error
+        raise DependencyError(f"onnx is not installed: {how_to_install('export')}") from error
     data = read_bytes(path) if data is None else data
     try:
         model = onnx.load_model_from_string(data)

@@ -178,9 +178,10 @@ def check(path: object, differences: Sequence[Difference], precision: str = "fp3
     if not math.isfinite(overall.floor_max):
         raise ModelError(f"{path}: not written: with these weights {subject.network} itself computes NaN or infinity")
     if not (overall.max <= most and overall.mean <= mean):
+        remedy = "; for FP16 try --precision fp32" if precision == "fp16" else ""
         raise ModelError(
             f"{path}: not written: its {subject.outputs} differ from {subject.network} by {overall.max:.1e} at most "
-            f"and {overall.mean:.1e} on average, where rounding explains {most:.1e} and {mean:.1e}"
+            f"and {overall.mean:.1e} on average, where rounding explains {most:.1e} and {mean:.1e}{remedy}"
         )
 
 

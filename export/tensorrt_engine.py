@@ -82,7 +82,7 @@ def default_profiles(largest: int) -> list[Profile]:
         InputError: `largest` is not positive.
     """
     if largest < 1:
-        raise InputError(f"groups of up to {largest} images: the largest group has at least one")
+        raise InputError(f"--max {largest}: expected 1 or more")
     sizes = ((1, 1, 1), (2, 5, 8), (9, 32, largest))
     return [Profile(low, min(best, largest), min(high, largest)) for low, best, high in sizes if low <= largest]
 
@@ -141,8 +141,8 @@ def build_engine(
         _check_bank(onnx_path, api.tensors(network)[0], options)
         if options.tf32 and (narrow := api.narrow_types(network)):
             raise InputError(
-                f"--tf32: {onnx_path} is no FP32 model ({', '.join(sorted(narrow))}): what it keeps in FP32 leads to "
-                "the order of pixels, which TF32 would change"
+                f"--tf32: {onnx_path} is not an FP32 model ({', '.join(sorted(narrow))}): what it keeps in FP32 leads "
+                "to the order of pixels, which TF32 would change; leave out --tf32"
             )
         config = _configure(trt, builder, network, profiles, options)
         try:

@@ -115,7 +115,10 @@ class BankModels:
                 raise ModelError(f"{backend.path}: gave {len(found)} results for {chunk.stop - chunk.start} images")
             output[chunk] = found
         if not np.isfinite(output).all():
-            raise ModelError(f"{backend.path}: computed NaN or infinite values; its weights may be damaged")
+            raise ModelError(
+                f"{backend.path}: computed NaN or infinite values; its weights may be damaged; export it again from a "
+                "whole checkpoint"
+            )
         return output
 
 

@@ -130,7 +130,7 @@ def check_contract(path: object, inputs: Sequence[TensorSpec], outputs: Sequence
             return Interface(interface.kind, found, outputs[0], size)
     raise ModelError(
         f"{path}: not an ICNet export: expected inputs {_list(INPUTS)} and output {_list(OUTPUTS)}, "
-        f"found inputs {_list(inputs) or 'none'} and outputs {_list(outputs) or 'none'}"
+        f"found inputs {_list(inputs) or 'none'} and outputs {_list(outputs) or 'none'}; make one with icnet export"
     )
 
 

@@ -56,7 +56,7 @@ def find_groups(path: Path, sisms: Path | None) -> list[Group]:
         return [_group(name or "group", path, sisms)]
     folders = [f for f in _entries(path / "img") if f.is_dir()]
     if not folders:
-        raise InputError(f"{path / 'img'}: holds no folders of groups")
+        raise InputError(f"{path / 'img'}: holds no folders of groups; expected img/GROUP/NAME.jpg")
     groups = []
     for folder in folders:
         try:
@@ -93,7 +93,7 @@ def _group(name: str, folder: Path, sism_folder: Path | None) -> Group:
     for image in images:
         if image.stem in by_stem:
             raise InputError(
-                f"{folder}: {by_stem[image.stem].name} and {image.name} would both become {image.stem}.png"
+                f"{folder}: {by_stem[image.stem].name} and {image.name} would both become {image.stem}.png; rename one"
             )
         by_stem[image.stem] = image
     return Group(name, tuple(images), None if sism_folder is None else matching(images, sism_folder, "SISM"))
@@ -114,7 +114,9 @@ def matching(images: Sequence[Path], folder: Path, what: str) -> tuple[Path, ...
     for file in image_files(folder) if folder.is_dir() else ():
         other = available.setdefault(file.stem, file)
         if other != file:
-            raise InputError(f"{folder}: {other.name} and {file.name} could both be the {what} of {file.stem}")
+            raise InputError(
+                f"{folder}: {other.name} and {file.name} could both be the {what} of {file.stem}; remove one"
+            )
     for image in images:
         if image.stem not in available:
             raise InputError(f"{image}: no {what} for it: expected {folder / image.stem}.png")

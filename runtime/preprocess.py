@@ -80,7 +80,10 @@ def read_pixels(
         DependencyError: the built-in SISM was asked for and OpenCV is not installed.
     """
     tensor, size = image_tensor(image, image_name)
-    return Pixels(tensor, builtin_sism(tensor) if sism is None else sism_tensor(sism, sism_name), size)
+    if sism is None:
+        name = str(image) if isinstance(image, str | os.PathLike) else image_name
+        return Pixels(tensor, builtin_sism(tensor, name), size)
+    return Pixels(tensor, sism_tensor(sism, sism_name), size)
 
 
 def reads(images: Sequence[ImageSource], sisms: Sequence[ImageSource] | None) -> list[Callable[[], Pixels]]:
@@ -221,15 +224,15 @@ def read_image(source: ImageSource, name: str, mode: str, behind: tuple[int, int
         image = _open_path(name)
     elif isinstance(source, bytes | bytearray | BytesIO):
         if isinstance(source, BytesIO) and source.closed:
-            raise InputError(f"{name}: a closed file")
+            raise InputError(f"{name}: the file is closed; give it open, or its bytes")
         content = source.getvalue() if isinstance(source, BytesIO) else source
         if not content:
-            raise InputError(f"{name}: no bytes")
+            raise InputError(f"{name}: the content is empty (0 bytes)")
         image = _open(BytesIO(content), name)
     else:
         raise InputError(f"{name}: {EXPECTED}, got {type(source).__name__}")
     if min(image.size) < MIN_SIDE:
-        raise InputError(f"{name}: {image.width}×{image.height} pixels is too small to show anything")
+        raise InputError(f"{name}: {image.width}×{image.height} pixels is too small; at least {MIN_SIDE}×{MIN_SIDE}")
     try:
         if image.has_transparency_data:
             image = image.convert("RGBA")

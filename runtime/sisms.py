@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from runtime.errors import DependencyError, InputError, how_to_install
 
 
-def builtin_sism(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def builtin_sism(image: NDArray[np.uint8], name: str = "image") -> NDArray[np.uint8]:
     """A weak stand-in for a salient-object detector that needs no weights: OpenCV's fine-grained static saliency.
 
     It marks whatever differs from its surroundings (Montabone and Soto, "Human detection using a mobile platform and
@@ -15,6 +15,7 @@ def builtin_sism(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
     Args:
         image: RGB uint8 [H, W, 3].
+        name: what messages call it.
 
     Returns:
         uint8 [H, W], stretched so that the most salient pixel is 255 (all 0 where nothing stands out).
@@ -34,7 +35,7 @@ def builtin_sism(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         ) from error
     ok, saliency = detector.computeSaliency(np.ascontiguousarray(image[:, :, ::-1]))
     if not ok:
-        raise InputError(f"OpenCV found no saliency in an image of shape {image.shape}")
+        raise InputError(f"{name}: OpenCV can't compute a built-in SISM of it; give a SISM file")
     levels: NDArray[np.float32] = np.asarray(saliency, dtype=np.float32)
     levels *= 255 / max(float(levels.max()), 1e-6)
     return np.rint(levels).astype(np.uint8)

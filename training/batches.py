@@ -75,13 +75,16 @@ class DataSetBatches(Dataset["Batch | ICNetError"]):
             for image, *others in files:
                 for other in others:
                     if (found := upright_size(other)) != (expected := upright_size(image)):
-                        raise InputError(f"{other}: {found} pixels, but its image {image} has {expected}")
+                        raise InputError(
+                            f"{other}: {'×'.join(map(str, found))} pixels, but its image {image} has "
+                            f"{'×'.join(map(str, expected))}; save it at the image's size"
+                        )
             if len(files) == 1:
                 self.skipped.append(group.name)
             else:
                 self._groups[group.name] = files
         if not self._groups:
-            raise InputError(f"{data}: no group of two images or more")
+            raise InputError(f"{data}: no group has two images; training takes groups of two or more")
         self._epoch: tuple[int, list[tuple[str, list[int]]]] = (-1, [])
         self.per_epoch = len(self._order(0))
         self._steps = steps or epochs * self.per_epoch

@@ -10,6 +10,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from runtime.commands.options import number, share
 from runtime.errors import DependencyError, InputError, how_to_install
 from runtime.files import replacing, write_picture
 
@@ -25,32 +26,35 @@ def add_material_arguments(add: Callable[..., argparse.Action], required: bool =
 
 def add_group_arguments(add: Callable[..., argparse.Action]) -> None:
     """The options that say which groups are made."""
-    add("--groups", type=int, default=60, metavar="N", help="each of another class while there are more (default 60)")
-    add("--images", type=int, default=10, metavar="N", help="in a group (default 10)")
-    add("--distractors", type=int, nargs=2, default=(2, 3), metavar=("MIN", "MAX"), help="per image (default 2 3)")
+    add(
+        "--groups",
+        type=number(),
+        default=60,
+        metavar="N",
+        help="each of another class if there are enough (default 60)",
+    )
+    add("--images", type=number(), default=10, metavar="N", help="in a group (default 10)")
+    add("--distractors", type=number(0), nargs=2, default=(2, 3), metavar=("MIN", "MAX"), help="an image (default 2 3)")
     add(
         "--corrupted",
-        type=float,
+        type=share,
         default=0.2,
         metavar="SHARE",
         help="of SISMs that are plainly wrong (default 0.2)",
     )
-    add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same groups (default 0)")
+    add("--seed", type=number(0), default=0, metavar="N", help="the same seed gives the same groups (default 0)")
 
 
 def find_material(args: argparse.Namespace) -> "CutPaste":
-    """Check the options of `add_group_arguments`, and read the cut-outs and backgrounds.
+    """Check --distractors, and read the cut-outs and backgrounds.
 
     Raises:
         DependencyError: OpenCV is not installed.
-        InputError: an option is out of range, or the material can't be used.
+        InputError: MIN of --distractors is above MAX, or the material can't be used.
     """
     low, high = args.distractors
-    if min(args.groups, args.images) < 1 or not 0 <= args.corrupted <= 1 or not 0 <= low <= high or args.seed < 0:
-        raise InputError(
-            "--groups and --images take numbers from 1, --corrupted from 0 to 1, --distractors MIN and MAX with "
-            "0 ≤ MIN ≤ MAX, --seed from 0"
-        )
+    if low > high:
+        raise InputError(f"--distractors {low} {high}: expected MIN MAX with MIN ≤ MAX")
     try:
         from training.paste import CutPaste
     except ModuleNotFoundError as error:

@@ -328,7 +328,9 @@ def _cutouts(folder: Path) -> dict[str, list[Pixels]]:
     if few := [name for name, members in classes.items() if len(members) < MIN_CUTOUTS]:
         raise InputError(f"{folder / few[0]}: a class needs at least {MIN_CUTOUTS} cut-outs, it has 1")
     if lonely := [name for name in classes if not any(not related(name, other) for other in classes)]:
-        raise InputError(f"{folder}: no other class for distractors in images of {lonely[0]!r}")
+        raise InputError(
+            f"{folder}: images of {lonely[0]!r} need distractors of an unrelated class, and there is none; add one"
+        )
     if not classes:
         raise InputError(f"{folder}: no cut-outs; expected CLASS/NAME.png")
     return classes

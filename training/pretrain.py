@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from export.fp16 import fold_batch_norms
 from export.icnet import MEAN, STD, VGG16
+from runtime.commands.options import number, positive
 from runtime.errors import InputError
 from runtime.files import check_outputs, encoded, replacing, write_bytes
 from training.groups import add_material_arguments
@@ -32,10 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_material_arguments(parser.add_argument)
     parser.add_argument("-o", "--output", type=Path, required=True, help="the backbone's weights")
     parser.add_argument("--width", type=float, default=0.25, help="multiple of 1/32; 1 is VGG16")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=96, help="pictures per step")
-    parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate; it falls to 0 by a half cosine")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=number(), default=3000)
+    parser.add_argument("--batch", type=number(), default=96, help="pictures per step")
+    parser.add_argument("--lr", type=positive, default=1e-3, help="highest learning rate; falls to 0 by a half cosine")
+    parser.add_argument("--seed", type=number(0), default=0)
 
 
 class Pictures(Dataset[tuple[Tensor, Tensor]]):
@@ -81,11 +82,9 @@ def run(args: argparse.Namespace) -> int:
     """Train and write the backbone.
 
     Raises:
-        InputError: an option is out of range, or the cut-outs or backgrounds can't be used.
+        InputError: the width is not a multiple of 1/32, or the cut-outs or backgrounds can't be used.
         OutputError: the backbone can't be written.
     """
-    if min(args.steps, args.batch) < 1 or not args.lr > 0 or args.seed < 0:
-        raise InputError("--steps and --batch take numbers from 1, --lr above 0, --seed from 0")
     check_outputs([args.output], [args.cutouts, args.backgrounds])
     torch.manual_seed(args.seed)
     maker = CutPaste(args.cutouts, args.backgrounds)

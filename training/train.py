@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from export.checkpoint import load_backbone, load_checkpoint, read_checkpoint, save_checkpoint
 from export.icnet import SIZE, CorrelationFusion, ICNet, Uint8Interface, resize
+from runtime.commands.options import number, positive
 from runtime.errors import CheckpointError, ICNetError, InputError
 from runtime.files import check_outputs, replacing, write_picture
 from training.batches import Batch, DataSetBatches, PastedBatches
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--data", type=Path, help="folder with img/GROUP/NAME.jpg, gt/GROUP/NAME.png and sism/...")
     data.add_argument("--cutouts", type=Path, help="folder with CLASS/NAME.png, RGBA")
     data.add_argument("--backgrounds", type=Path, help="photographs, in folders of any depth")
-    data.add_argument("--images", type=int, default=10, help="images of one group per step (default 10)")
+    data.add_argument("--images", type=number(2), default=10, help="images of one group per step (default 10)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="checkpoint, written every --save-every steps")
     parser.add_argument("--weights", type=Path, help="write the weights alone as well, in FP16, when training is done")
     parser.add_argument("--resume", action="store_true", help="go on from --output, if it is there")
@@ -57,9 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="initial weights of all but the backbone: N(0, 0.01), or He's, for larger learning rates",
     )
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=int, default=60, help="passes over the data set (default 60)")
-    length.add_argument("--steps", type=int, help="instead of epochs; needed with --cutouts")
-    parser.add_argument("--lr", type=float, default=1e-5, help="learning rate (default 1e-5)")
+    length.add_argument("--epochs", type=number(), default=60, help="passes over the data set (default 60)")
+    length.add_argument("--steps", type=number(), help="instead of epochs; needed with --cutouts")
+    parser.add_argument("--lr", type=positive, default=1e-5, help="learning rate (default 1e-5)")
     parser.add_argument("--backbone-lr", type=float, help="learning rate of the backbone (default: that of --lr)")
     parser.add_argument("--weight-decay", type=float, default=1e-4)
     parser.add_argument(
@@ -77,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clip", type=float, help="largest norm of a gradient")
     parser.add_argument("--amp", action="store_true", help="mixed precision (bfloat16)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    parser.add_argument("--save-every", type=int, default=500, help="steps (default 500)")
+    parser.add_argument("--save-every", type=number(), default=500, help="steps (default 500)")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -232,12 +233,6 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--steps is needed with --cutouts: the number of groups made by cut and paste is unlimited")
     if args.init == "paper" and args.backbone is None:
         raise InputError("the paper's start needs a pretrained --backbone (or --init he, and a larger --lr)")
-    if (
-        args.images < 2
-        or min(args.epochs, args.save_every, 1 if args.steps is None else args.steps) < 1
-        or not args.lr > 0
-    ):
-        raise InputError("--images from 2 (batch norm), --epochs, --steps and --save-every from 1, --lr above 0")
     if args.output.exists() and not args.resume:
         raise InputError(f"{args.output}: is there already; --resume to go on with it, or choose another --output")
     check_outputs(
@@ -295,6 +290,7 @@ def _resume(args: argparse.Namespace, network: ICNet, optimizer: torch.optim.Opt
         raise InputError(
             f"{args.output}: was trained with other settings: "
             + ", ".join(f"--{name.replace('_', '-')} {training['settings'].get(name)}" for name in other)
+            + "; give these again, or choose another --output"
         )
     network.load_state_dict(checkpoint["state_dict"])
     optimizer.load_state_dict(checkpoint["optimizer"])

@@ -144,8 +144,8 @@ def _deserialise(path: Path, content: bytes, allow_host_code: bool) -> tuple[Any
         said.append(f"{name} {trt.__version__}: {heard.errors[0] if heard.errors else heard.last_error}")
         if not allow_host_code and any(re.search(r"host.?code", text, re.IGNORECASE) for text in heard.errors):
             raise ModelError(
-                f"{path}: brings code that would run on this host, as a version-compatible engine does; if it comes "
-                "from where you trust, use Predictor(..., allow_host_code=True)"
+                f"{path}: brings code that would run on this host, as a version-compatible engine does; if you "
+                "trust its source, use Predictor(..., allow_host_code=True)"
             )
     if broken:
         raise broken

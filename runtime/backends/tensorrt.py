@@ -80,7 +80,7 @@ class TensorRTBackend:
         """Raise ModelError unless some profile takes so many images at once, and a bank of so many SIVs."""
         groups = self._profiles.groups
         if not any(low <= images <= high for low, high in groups):
-            remedy = f"rebuild it with a profile that holds {images}: icnet build --max {images}"
+            remedy = f"rebuild it with --profile MIN:OPT:MAX that holds {images} (icnet build)"
             if self.interface.size is not None:
                 remedy = "export the model with a dynamic group axis (icnet export does), and build that"
             raise ModelError(f"{self.path}: built for groups of {_either(groups)} images, got {images}; {remedy}")
@@ -132,7 +132,7 @@ class Pending:
             try:
                 self._output = slot.wait(self._images)
             except Exception as error:
-                self._error = _failure(self._images, error)
+                self._error = _failure(self._pool.path, self._images, error)
             except BaseException as error:  # Ctrl-C; without an output there must be an error
                 self._error = error
                 raise
@@ -144,6 +144,7 @@ class _Pool:
     """The slots: which are free, and which groups are in flight."""
 
     def __init__(self, cuda: Cuda, contexts: "_Contexts", slots: list["_Slot"]) -> None:
+        self.path = contexts.path
         self._cuda, self._contexts = cuda, contexts
         self._slots = len(slots)
         self._free = deque(slots)
@@ -162,7 +163,7 @@ class _Pool:
                 self._changed.notify_all()
             if isinstance(error, ICNetError) or not isinstance(error, Exception):
                 raise
-            raise _failure(len(tensors[0]), error) from error  # PyCUDA's and TensorRT's own
+            raise _failure(self.path, len(tensors[0]), error) from error  # PyCUDA's and TensorRT's own
         pending = Pending(self, slot, len(tensors[0]))
         with self._changed:
             self._in_flight.append(pending)
@@ -393,10 +394,13 @@ class _Slot:
         del self._captured[len(self._graphs) :]
 
 
-def _failure(images: int, error: Exception) -> ICNetError:
+def _failure(path: Path, images: int, error: Exception) -> ICNetError:
     if isinstance(error, DeviceLostError):
         return error
-    return ModelError(f"the GPU failed on a group of {images}: {one_line(error)}")
+    return ModelError(
+        f"{path}: the GPU failed on a group of {images}: {one_line(error)}; if it does so again, close this Predictor "
+        "and open it again"
+    )
 
 
 def _either(ranges: Sequence[tuple[int, int]]) -> str:

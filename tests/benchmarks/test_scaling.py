@@ -62,7 +62,7 @@ def test_a_size_that_would_not_fit_is_not_tried(icnet, model_file, tmp_path, mon
     code, out, _ = icnet("bench", "scaling", model_file, "--sizes", 300, 10, 5, 1, "--output", output)
     assert code == 0
     (found,) = json.loads(output.read_text())["models"]
-    assert found["not_run"] == {"300": "would take 30 GB of the 20 GB free"}
+    assert found["not_run"] == {"300": "would take 30 GB; 20 GB are free, of which a size may take 80%"}
     assert found["time_per_image_s"] == pytest.approx(0.1)
     assert found["memory_per_image_bytes"] == pytest.approx(1e8)
     assert "group of 300: would take 30 GB" in out

@@ -57,10 +57,6 @@ def test_the_new_images_are_never_in_the_bank(options, material, tmp_path):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--bank-sizes", 0], "--new and --bank-sizes take numbers from 1"),
-        (["--new", 0], "--new and --bank-sizes take numbers from 1"),
-        (["--groups", 0], "--groups and --images take numbers from 1"),
-        (["--corrupted", 2], "--corrupted from 0 to 1"),
         (["--show", "gnu"], "no class gnu in it"),
         (["--cutouts", "gone"], "gone: no such folder"),
         (["--models", "gone.onnx"], "gone.intra.onnx: no such model file"),

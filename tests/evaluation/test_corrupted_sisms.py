@@ -57,9 +57,7 @@ def test_the_same_scores_as_of_a_written_data_set(icnet, options, tmp_path):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--groups", 0], "--groups and --images take numbers from 1"),
-        (["--distractors", 3, 1], "--distractors MIN and MAX"),
-        (["--corrupt-sisms", 2], "--corrupt-sisms takes shares from 0 to 1"),
+        (["--distractors", 3, 1], "--distractors 3 1: expected MIN MAX with MIN ≤ MAX"),
         (["--cutouts", "gone"], "gone: no such folder"),
         (["--sisms", "gone"], "--sisms is of data sets"),
         (["--show", "ant"], "--picture and --show go with --bank-sizes"),
@@ -69,3 +67,24 @@ def test_bad_options(extra, message, icnet, options, model_file):
     code, _, err = icnet("evaluate", "--corrupt-sisms", "--models", model_file, *options, *extra)
     assert (code, err.count("\n")) == (2, 1)
     assert message in err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--groups", 0, "a whole number from 1"),
+        ("--images", 0, "a whole number from 1"),
+        ("--distractors", -1, "a whole number from 0"),
+        ("--corrupt-sisms", 2, "a number from 0 to 1"),
+        ("--corrupted", "nan", "a number from 0 to 1"),
+        ("--seed", -1, "a whole number from 0"),
+        ("--bank-sizes", 0, "a whole number from 1"),
+        ("--new", 0, "a whole number from 1"),
+    ],
+)
+def test_numbers_out_of_range(option, value, expected, icnet, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        icnet("evaluate", "--models", "x.onnx", option, value, *([1] if option == "--distractors" else []))
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f"argument {option}: expected {expected}, got '{value}'" in err

@@ -232,7 +232,7 @@ def refused(icnet, folder):
 def test_options_of_tensorrt_are_refused(icnet, exports, tmp_path, option):
     code, _, err = icnet("build", "--backend", "mnn", "--onnx", exports, "--output", tmp_path / "x.mnn", *option)
     assert code == 2
-    assert f"{option[0]}: belongs to TensorRT" in err
+    assert f"{option[0]}: is for TensorRT" in err
 
 
 def test_the_model_itself_is_not_overwritten(icnet, exports):

@@ -193,7 +193,7 @@ def test_the_optimisation_level_reaches_the_config(model_file, tmp_path, monkeyp
 
 def test_tf32_is_for_fp32_models(network, tmp_path):
     write_onnx(half_precision(network), tmp_path / "half.onnx")
-    with pytest.raises(InputError, match=r"--tf32: .*half\.onnx is no FP32 model \(HALF\)"):
+    with pytest.raises(InputError, match=r"--tf32: .*half\.onnx is not an FP32 model \(HALF\)"):
         build_engine(tmp_path / "half.onnx", tmp_path / "x.engine", ONE, Options(tf32=True))
     assert names(tmp_path) == ["half.onnx"]
 

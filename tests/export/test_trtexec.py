@@ -1,5 +1,6 @@
 """`icnet build --trtexec`: the command lines for NVIDIA's builder."""
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -95,6 +96,18 @@ def test_trtexec_reads_the_model_where_it_can(icnet, model_file, fixed_model, tm
     assert code == 0
     assert "assuming uint8 inputs: onnx is not installed" in out
     assert "--maxShapes=images:4x224x224x3,sisms:4x224x224" in out
+
+
+def test_the_page_shows_what_is_printed(icnet, model_file, tmp_path, monkeypatch, no_tensorrt):
+    page = (Path(__file__).parents[2] / "docs/gpu.md").read_text(encoding="utf-8")
+    command = next(line for line in page.splitlines() if "--trtexec`" in line).split("`")
+    words = next(part for part in command if part.endswith("--trtexec")).split()
+    (shown,) = re.findall(r"```\n(# TensorRT 10\n.*?)```", page, re.DOTALL)
+    (tmp_path / "icnet.fp16.onnx").symlink_to(model_file)
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = icnet(*words[1:])
+    assert code == 0
+    assert trtexec(shown.replace("\\\n", " ")) == trtexec(out)
 
 
 def test_trtexec_of_a_bank_export(icnet, exports, no_tensorrt):

@@ -361,7 +361,9 @@ def test_tensorrts_own_exceptions_are_ours(gpu, engine, monkeypatch):
         context = type(predictor._backend._pool._free[0]._plain)
         monkeypatch.setattr(context, "execute_async_v3", fail)
         for _ in range(3):
-            with pytest.raises(ModelError, match="the GPU failed on a group of 2: Unable to execute"):
+            with pytest.raises(
+                ModelError, match=r"\.engine: the GPU failed on a group of 2: Unable to execute; if it does so again"
+            ):
                 predictor.predict_tensors(*group(2))
     gc.collect()
     assert gpu.leaks() == {}

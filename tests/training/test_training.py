@@ -162,8 +162,8 @@ def test_a_mask_of_0_and_1_is_refused_in_training_too(dataset, icnet, tmp_path, 
     [
         (lambda d: (d / "gt/cow/1.png").unlink(), "1.jpg: no ground truth for it"),
         (lambda d: (d / "sism/cow/1.png").unlink(), "1.jpg: no SISM for it"),
-        (lambda d: Image.new("L", (9, 8)).save(d / "gt/cow/1.png"), "1.png: (9, 8) pixels, but its image"),
-        (lambda d: Image.new("L", (9, 8)).save(d / "sism/cow/1.png"), "1.png: (9, 8) pixels, but its image"),
+        (lambda d: Image.new("L", (9, 8)).save(d / "gt/cow/1.png"), "1.png: 9×8 pixels, but its image"),
+        (lambda d: Image.new("L", (9, 8)).save(d / "sism/cow/1.png"), "1.png: 9×8 pixels, but its image"),
         (lambda d: (d / "gt/cow/1.png").write_bytes(b"x"), "1.png: not an image"),
         (lambda d: (d / "img").rename(d / "images"), "it has no folder 'img'"),
     ],
@@ -203,14 +203,14 @@ def test_images_that_lie_on_their_side_are_trained_on_upright(tmp_path, suffix):
         assert (image[..., 0].float() - sism.float()).abs().mean() < 4
         assert torch.equal(sism, mask)
     Image.fromarray(ramp).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "gt/g/b.png")
-    with pytest.raises(InputError, match=rf"b\.png: \(60, 40\) pixels, but its image .*\.{suffix} has \(40, 60\)"):
+    with pytest.raises(InputError, match=rf"b\.png: 60×40 pixels, but its image .*\.{suffix} has 40×60; save it"):
         DataSetBatches(tmp_path, seed=0, images=2, epochs=1)
 
 
 def test_only_single_images(tmp_path, dataset):
     for group in ("cat", "cow"):
         (dataset / "img" / group).rename(tmp_path / group)
-    with pytest.raises(InputError, match="no group of two images or more"):
+    with pytest.raises(InputError, match="no group has two images; training takes groups of two"):
         DataSetBatches(dataset, seed=0, images=3, epochs=1)
 
 
@@ -297,11 +297,8 @@ def test_the_papers_start(tmp_path):
     ("options", "message"),
     [
         (["--init", "paper"], "needs a pretrained --backbone"),
-        (["--images", 1], "--images from 2"),
-        (["--lr", 0], "--lr above 0"),
         (["--width", 0.3], "not a positive multiple of 1/32"),
         (["--data", "x"], "give either --data, or"),
-        (["--steps", 0], "--steps"),
         (["--device", "cuda:7"], "finds no usable GPU"),
         (["--device", "quantum"], "not a device of PyTorch's"),
         (["--backbone", "gone.pth"], "gone.pth: no such file"),
@@ -314,6 +311,26 @@ def test_bad_options(options, message, icnet, pasted, tmp_path):
     assert not (tmp_path / "out.pth").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--images", 1, "a whole number from 2"),
+        ("--lr", 0, "a number above 0"),
+        ("--lr", "nan", "a number above 0"),
+        ("--steps", 0, "a whole number from 1"),
+        ("--epochs", 0, "a whole number from 1"),
+        ("--save-every", 0, "a whole number from 1"),
+    ],
+)
+def test_numbers_out_of_range(option, value, expected, icnet, capsys, pasted, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        icnet("train", *pasted, "--steps", 2, "--output", tmp_path / "out.pth", option, value)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f"argument {option}: expected {expected}, got '{value}'" in err
+    assert not (tmp_path / "out.pth").exists()
+
+
 def test_what_can_not_be_resumed(icnet, pasted, tmp_path):
     output = tmp_path / "out.pth"
     save_checkpoint(output, ICNet(0.0625))
@@ -322,7 +339,9 @@ def test_what_can_not_be_resumed(icnet, pasted, tmp_path):
     assert "has no state of a training to resume" in icnet(*options, "--resume")[2]
     output.unlink()
     assert icnet(*options)[0] == 0
-    assert "was trained with other settings: --seed 0" in icnet(*options, "--resume", "--seed", 1)[2]
+    assert (
+        "was trained with other settings: --seed 0; give these again, or" in icnet(*options, "--resume", "--seed", 1)[2]
+    )
 
 
 def test_a_pretrained_backbone_is_what_was_trained_with_its_norms_folded(icnet, material, tmp_path):
