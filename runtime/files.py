@@ -97,8 +97,8 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         written = os.fstat(file.fileno()).st_size
-    if written != len(content):
-        raise OSError(errno.ENOSPC, f"{written} of {len(content)} bytes were written")
+    if written != (size := memoryview(content).nbytes):  # TensorRT's plans are buffers without a length
+        raise OSError(errno.ENOSPC, f"{written} of {size} bytes were written")
 
 
 def encoded(save: Callable[[BinaryIO], object]) -> bytes:

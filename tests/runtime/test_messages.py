@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import icnet_cli
+from export.onnx_file import load_model, save_model
 from runtime import InputError, ModelError, Predictor
 from tests.runtime.test_packing import tensors
 
@@ -45,7 +46,7 @@ def test_options_are_shown_on_one_line(icnet, capsys):
 
 def failing(path, to):
     """A copy of a model that loads, and fails on any group of fewer than 7 images."""
-    model = onnx.load(path)
+    model = load_model(path)
     for node in model.graph.node:
         node.output[:] = ["other" if name == "maps" else name for name in node.output]
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([6], np.int64), "seventh"))
@@ -55,7 +56,7 @@ def failing(path, to):
         ("Add", ["other", "zero"], "maps"),
     ):
         model.graph.node.append(onnx.helper.make_node(kind, inputs, [output]))
-    onnx.save(model, to)
+    save_model(model, to)
 
 
 def test_onnx_runtime_writes_no_lines_of_its_own(exports, tmp_path, capfd):
