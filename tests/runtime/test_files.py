@@ -37,7 +37,7 @@ writers = {
     "plot.png": partial(write, writer=lambda path: write_picture(path, figure.savefig, dpi=120)),
     "a.json": partial(write, writer=lambda path: write_json(path, noise.tolist())),
     "a.onnx": partial(write, writer=lambda path: write_bytes(path, noise.tobytes())),
-    "bank.npz": Bank(noise.reshape(300, -1).astype(np.float32), "model").save,
+    "bank.npz": Bank((noise / 255).reshape(300, -1).astype(np.float32), "model").save,
 }
 for name in writers:
     (folder / name).write_text("the old content")
@@ -75,12 +75,19 @@ def test_a_file_size_limit_is_an_error_and_leaves_the_old_file(tmp_path):
 
 
 def test_a_short_write_is_an_error(tmp_path, monkeypatch):
-    """On a file system that reports it neither when writing nor when closing."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: os.ftruncate(descriptor, 3))
+    """On a file system that does not report it when writing."""
+    fstat = os.fstat
+
+    def short(descriptor):
+        os.ftruncate(descriptor, 3)
+        return fstat(descriptor)
+
     with (
         pytest.raises(OutputError, match="a: can't be written: 3 of 5 bytes were written"),
         replacing(tmp_path / "a") as temporary,
+        monkeypatch.context() as patch,
     ):
+        patch.setattr(os, "fstat", short)
         write_bytes(temporary, b"12345")
     assert list(tmp_path.iterdir()) == []
 
