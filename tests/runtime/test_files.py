@@ -82,12 +82,11 @@ def test_a_short_write_is_an_error(tmp_path, monkeypatch):
         os.ftruncate(descriptor, 3)
         return fstat(descriptor)
 
+    monkeypatch.setattr(os, "fstat", short)
     with (
         pytest.raises(OutputError, match="a: can't be written: 3 of 5 bytes were written"),
         replacing(tmp_path / "a") as temporary,
-        monkeypatch.context() as patch,
     ):
-        patch.setattr(os, "fstat", short)
         write_bytes(temporary, b"12345")
     assert list(tmp_path.iterdir()) == []
 
