@@ -268,7 +268,7 @@ def load(path: Path) -> Any:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path}: can't be read: {error.strerror or error}") from error
+        raise InputError(f"{path}: can't be read as results: {error.strerror or error}") from error
     except ValueError as error:
         raise InputError(f"{path}: can't be read as results: {error}") from error
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
