@@ -51,7 +51,10 @@ def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[Path | None],
             if output := written.get(_identity(file)):
                 raise OutputError(f"{output}: is an input of this run; choose another name")
     filled = {_identity(folder): folder for folder in folders}
-    holders = {place.parent: file for file in read for place in (Path(os.path.realpath(file)), file)} if filled else {}
+    holders: dict[Path, Path] = {}
+    for file in read if filled else ():
+        for place in (file, Path(os.path.realpath(file))):
+            holders.setdefault(place.parent, file)
     for holder, file in holders.items():
         if folder := filled.get(_identity(holder)):
             raise OutputError(f"{folder}: holds {file.name}, an input of this run; choose another --output")

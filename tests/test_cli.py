@@ -38,7 +38,7 @@ def test_alone_it_prints_its_commands(icnet, words):
     listed = [line.split("  ")[1] for line in out.splitlines() if line.startswith("  ") and "--" not in line]
     assert listed == [
         "predict", "bank", "export", "build", "calibrate", "evaluate", "train",
-        "bench latency", "bench throughput", "bench scaling", "bench roofline", "bench report",
+        "bench latency", "bench throughput", "bench scaling", "bench roofline", "bench gpu-check", "bench report",
         "data cutouts", "data paste", "data pretrain",
     ]  # fmt: skip
 

@@ -68,8 +68,8 @@ def out_of_memory(kind: str, wanted: int) -> str:
     """The message for `wanted` bytes that were refused; `kind` is "device" or "page-locked host"."""
     limit = "; raise the system's limit on locked memory (ulimit -l)" if kind != "device" else ""
     return (
-        f"out of {kind} memory: {wanted / 2**20:.0f} MiB were wanted; build the engine for smaller groups (--max), "
-        f"split the group, or use fewer slots{limit}"
+        f"out of {kind} memory: {wanted / 2**20:.0f} MiB were wanted; split the group, use fewer slots, or "
+        f"build the engine for smaller groups (icnet build --max){limit}"
     )
 
 

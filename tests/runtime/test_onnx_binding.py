@@ -157,7 +157,7 @@ def test_too_little_page_locked_memory(gpu, small_model):
     gpu.memory = 3 * 224 * 224 * 8 - 1  # two images, but the maps of three are too many
     with Predictor(small_model, threads=1) as predictor:
         predictor.predict_tensors(*group(2))
-        with pytest.raises(ModelError, match=r"out of page-locked host memory: 1 MiB were wanted .*split the group"):
+        with pytest.raises(ModelError, match=r"out of page-locked host memory: 1 MiB were wanted; .*split the group"):
             predictor.predict_tensors(*group(3))
         assert pinned(gpu) == 0
         predictor.predict_tensors(*group(1))
