@@ -173,7 +173,8 @@ def make_models(folder: Path) -> tuple[Path, tuple[Path, Path]]:
 
     import torch
 
-    from export.to_onnx import weights_digest, write_onnx
+    from export.checkpoint import weights_digest
+    from export.to_onnx import write_onnx
     from runtime.contract import WEIGHTS
     from tests.export_cache import ExportCache
     from tests.helpers import random_network
