@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,6 @@ from runtime.errors import ICNetError
 from runtime.packing import Tensors, first_fit
 from runtime.preprocess import GroupPixels, Pixels, stack
 from runtime.threads import Batch, Workers
-
-if TYPE_CHECKING:
-    from runtime.pipeline import Pipeline
 
 T = TypeVar("T")
 Maps = NDArray[np.float32]
@@ -41,6 +38,21 @@ class Task(Generic[T]):
 
     reads: Sequence[Callable[[], Pixels]]
     after: Callable[[GroupPixels, Maps], Sequence[Callable[[], T]]]
+
+
+class Runs(Protocol):
+    """What a stream needs of a `Pipeline`, whose methods these are."""
+
+    workers: Workers
+
+    def start(self, groups: Sequence[Tensors], bank: Bank | None = None) -> Pending:
+        """Start on groups in one call."""
+
+    def finish(self, pending: Pending, sizes: Sequence[int]) -> list[Maps]:
+        """Wait for a call: the maps of each of its groups."""
+
+    def checked(self, maps: Maps) -> Maps:
+        """The maps of a group, if they can be maps at all."""
 
 
 class State(Enum):
@@ -128,7 +140,7 @@ class Stream(Generic[T]):
 
     def __init__(
         self,
-        pipeline: "Pipeline",
+        pipeline: Runs,
         tasks: Iterable[Task[T] | ICNetError],
         ahead: int,
         slots: int,
