@@ -59,6 +59,19 @@ def test_bytes_of_a_small_graph(tmp_path):
     assert relu.level == "rest"
 
 
+def test_what_picks_reads_as_much_as_it_writes(tmp_path):
+    """Gather of 2 of 1000 columns: not all of them are read."""
+    helper = onnx.helper
+    indices = onnx.numpy_helper.from_array(np.array([5, 900]), "i")
+    node = helper.make_node("Gather", ["x", "i"], ["y"], axis=1)
+    tensors = [helper.make_tensor_value_info(k, 1, s) for k, s in (("x", ["N", 1000]), ("y", ["N", 2]))]
+    onnx.save(
+        helper.make_model(helper.make_graph([node], "g", tensors[:1], tensors[1:], [indices])), tmp_path / "x.onnx"
+    )
+    (gather,) = count(tmp_path / "x.onnx", 3)
+    assert (gather.flop, gather.other, gather.bytes) == (0, 0, 4 * (3 * 2) + 8 * 2 + 4 * (3 * 2))
+
+
 def test_what_can_not_be_counted(tmp_path):
     path = tmp_path / "x.onnx"
     path.write_text("no model")

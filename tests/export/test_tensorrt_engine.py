@@ -68,6 +68,24 @@ def test_the_profiles_reach_tensorrt(model_file, tmp_path, monkeypatch):
     assert [tuple(d) for d in profiles[2].get_shape("sisms")] == [(n, 224, 224) for n in (17, 32, 64)]
 
 
+def test_the_bank_has_a_profile_of_its_own(exports, tmp_path, monkeypatch):
+    class Builder(rtx.Builder):
+        def build_serialized_network(self, network, config):
+            return None
+
+        def create_optimization_profile(self):
+            profiles.append(super().create_optimization_profile())
+            return profiles[-1]
+
+    profiles = []
+    monkeypatch.setattr(rtx, "Builder", Builder)
+    groups, options = [Profile(1, 1, 1), Profile(2, 5, 16)], Options(bank=Profile(3, 20, 300))
+    with pytest.raises(ModelError, match="could not build it"):
+        build_engine(exports.with_name("icnet.banked.onnx"), tmp_path / "x.engine", groups, options)
+    assert [[tuple(d) for d in p.get_shape("bank")] for p in profiles] == [[(n, 40) for n in (3, 20, 300)]] * 2
+    assert [[d[0] for d in p.get_shape("images")] for p in profiles] == [[1, 1, 1], [2, 5, 16]]
+
+
 def test_the_float_interface_and_its_metadata(float_model, tmp_path):
     record = build_engine(float_model, tmp_path / "x.engine", ONE)
     assert record["onnx_metadata"] == {"precision": "fp32", "io": "float32"}

@@ -16,6 +16,7 @@ from export.checkpoint import weights_digest
 from export.onnx_file import save_model
 from export.to_onnx import write_onnx
 from runtime import Bank, InputError, ModelError, OutputError, Predictor
+from runtime.backends.onnx import OnnxBackend
 from runtime.contract import WEIGHTS
 from runtime.files import bank_files
 from tests.helpers import random_network, write_exports
@@ -89,6 +90,31 @@ def test_streams_of_groups_take_chunks_where_they_must(exports, plain):
         for maps, group in zip(predictor.predict_groups(groups), groups, strict=True):
             close(np.stack(maps), plain.predict_tensors(*group))
         close(predictor.predict_tensors(*groups[1]), plain.predict_tensors(*groups[1]))
+
+
+def test_a_group_that_fills_a_call_takes_no_chunks(exports, monkeypatch):
+    calls = []
+    submit = OnnxBackend.submit
+
+    def noted(self, *arrays, **options):
+        calls.append((Path(self.path).name, len(arrays[0])))
+        return submit(self, *arrays, **options)
+
+    monkeypatch.setattr(OnnxBackend, "submit", noted)
+    with Predictor(exports, bank_export=bank_files(exports), max_images=4, threads=1) as predictor:
+        predictor.predict_tensors(*tensors(4))
+        assert calls == [("icnet.onnx", 4)]
+        predictor.predict_tensors(*tensors(5))
+    assert {name for name, _ in calls[1:]} == {"icnet.intra.onnx", "icnet.banked.onnx"}
+
+
+def test_a_packed_model_with_a_bank_export_compares_with_the_bank(exports, banks):
+    images, sisms = tensors(4)
+    bank = banks.bank(images[:3], sisms[:3])
+    packed = exports.with_name("icnet.packed.onnx")
+    with Predictor(packed, bank_export=bank_files(exports), max_images=16, threads=1) as predictor:
+        found = predictor.predict_tensors(images[3:], sisms[3:], bank)
+    close(found, banks.predict_tensors(images[3:], sisms[3:], bank))
 
 
 def test_rows_out_and_in(banks):

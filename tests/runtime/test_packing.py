@@ -201,8 +201,10 @@ def test_a_bounded_wait_for_others_ends_when_a_call_is_full():
     engine = Engine()
     engine.free.set()
     packer = Packer(engine, limit=4, slots=2, delay=30)
+    start = time.monotonic()
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda value: packer(*numbered(1, value)), range(4)))
+    assert time.monotonic() - start < 15
     assert engine.calls == [[1, 1, 1, 1]]
     packer = Packer(engine, limit=4, slots=2, delay=0.05)
     start = time.monotonic()

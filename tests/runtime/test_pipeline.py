@@ -181,6 +181,51 @@ def test_a_batch_is_finished_by_its_own_thread_if_the_pool_is_busy():
         assert nested.results() == [[5, 6]]
 
 
+def test_after_a_failed_call_the_rest_of_its_batch_is_not_begun():
+    begun, free = [], threading.Event()
+
+    def fail():
+        raise InputError("no such file")
+
+    with Workers(1) as workers:
+        busy = workers.submit([lambda: free.wait(30)])
+        batch = workers.submit([fail, partial(begun.append, 1)])
+        with pytest.raises(InputError, match="no such file"):
+            batch.results()
+        free.set()
+        assert busy.results() == [True]
+    assert begun == []
+
+
+def test_groups_that_came_to_nothing_are_not_taken_ahead_without_end(pipeline):
+    taken = []
+
+    def errors():
+        while len(taken) < 1000:
+            taken.append(InputError(f"group {len(taken)}"))
+            yield taken[-1]
+
+    stream = pipeline.stream(errors(), ahead=3)
+    assert next(stream) is taken[0]
+    assert len(taken) <= 4
+    stream.close()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(1.5, r"leave \[0, 1\]: \[0.5, 1.5\]"), (-0.5, r"leave \[0, 1\]: \[-0.5, 0.5\]"), (np.nan, "NaN or infinite")],
+)
+def test_maps_that_can_not_be_maps(value, message):
+    pipeline = Pipeline("icnet.onnx", None, None, None, 0, 0)
+    maps = np.full((2, 3, 3), 0.5, np.float32)
+    maps[0, 0] = 0, 1, -0.0
+    assert pipeline.checked(maps) is maps
+    maps[0] = 0.5
+    maps[1, 2, 1] = value
+    with pytest.raises(ModelError, match=message):
+        pipeline.checked(maps)
+
+
 def test_a_cancelled_batch_is_not_begun():
     release, ran = threading.Event(), []
     with Workers(1) as workers:

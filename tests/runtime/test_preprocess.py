@@ -319,6 +319,9 @@ def test_modes_that_pillow_can_not_convert():
 def test_floats_may_leave_0_and_1_by_a_rounding():
     pixels = noise(20, 20) / 255
     np.testing.assert_array_equal(image_tensor(pixels * 1.0000002 - 1e-7)[0], image_tensor(pixels)[0])
+    for beyond in (pixels + 0.01, pixels - 0.01):  # no rounding goes as far
+        with pytest.raises(InputError, match=r"float64 values in .*, expected \[0, 1\]"):
+            image_tensor(beyond)
 
 
 def test_big_endian_arrays():

@@ -14,7 +14,7 @@ from export.to_onnx import write_onnx
 from runtime import InputError, Predictor
 from runtime.preprocess import image_tensor
 from tests.helpers import random_network
-from training.batches import DataSetBatches
+from training.batches import Batch, DataSetBatches
 from training.pretrain import Classifier, backbone
 from training.progress import half_cosine
 from training.train import AttentionLoss, iou_loss
@@ -263,6 +263,50 @@ def test_an_interrupted_training_goes_on_bit_exactly(icnet, pasted, tmp_path, mo
     assert all(torch.equal(t, parts["state_dict"][name]) for name, t in whole["state_dict"].items())
     for k, state in whole["optimizer"]["state"].items():
         assert all(torch.equal(t, parts["optimizer"]["state"][k][name]) for name, t in state.items())
+
+
+def test_the_options_of_the_optimiser_reach_it_and_survive_a_resume(icnet, pasted, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(args, network, optimizer, batches, losses):
+        backbone = {id(parameter) for parameter in network.vgg.parameters()}
+        for group in optimizer.param_groups:
+            of_backbone = {id(parameter) in backbone for parameter in group["params"]}
+            seen.append((of_backbone, len(group["params"]), group["lr"], group["weight_decay"]))
+        losses.append(0.5)
+        training.train._save(args, network, optimizer, losses)
+
+    monkeypatch.setattr(training.train, "train", spy)
+    options = ["train", *pasted, "--steps", 2, "--output", tmp_path / "out.pth"]
+    options += ["--backbone-lr", 2e-4, "--weight-decay", 0.03, "--attention-loss", 0.5]
+    assert icnet(*options)[0] == 0
+    network = ICNet(0.0625)
+    backbone = len(list(network.vgg.parameters()))
+    rest = len(list(network.parameters())) - backbone
+    assert seen == [({False}, rest, 1e-3, 0.03), ({True}, backbone, 2e-4, 0.03)]
+    assert icnet(*options, "--resume")[0] == 0
+    assert seen[2:] == seen[:2]
+    for option, value in ("--backbone-lr", 2e-4), ("--weight-decay", 0.03), ("--attention-loss", 0.5):
+        code, _, err = icnet(*options, "--resume", option, 0.7)
+        assert code == 2
+        assert f"was trained with other settings: {option} {value}; give these again" in err
+
+
+def test_the_attention_loss_counts_as_often_as_its_weight_says():
+    """With plain gradient descent at a rate of 1 the weights move by the gradient of that loss, times its weight."""
+    rng = np.random.default_rng(0)
+    pixels = (rng.integers(0, 256, (2, 224, 224, *c), np.uint8) for c in ((3,), (), ()))
+    batch = Batch("g", *map(torch.from_numpy, pixels))
+    weights = []
+    for factor in (0, 0.25):
+        network = random_network(1 / 32).train()
+        weight = network.vgg.vgg[0].weight
+        args = argparse.Namespace(device="cpu", amp=False, clip=None, attention_loss=factor)
+        optimizer = torch.optim.SGD(network.parameters(), 1)
+        interface = training.train.Uint8Interface(network)
+        training.train._step(args, interface, optimizer, batch, lambda _truth, weight=weight: weight.sum())
+        weights.append(weight.detach())
+    torch.testing.assert_close(weights[0] - weights[1], torch.full_like(weights[0], 0.25), atol=1e-3, rtol=0)
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(icnet, pasted, tmp_path, monkeypatch):
