@@ -106,6 +106,10 @@ def peak(path):
 def test_a_bank_that_somebody_has_compressed_is_a_bank(tmp_path):
     np.savez_compressed(tmp_path / "x.npz", sivs=SIVS, model=np.array(MODEL), version=np.array(1))
     np.testing.assert_array_equal(Bank.load(tmp_path / "x.npz").sivs, SIVS)
+    alike = np.tile(SIVS[:1], (30, 1))  # of images that are all the same: smaller by half and more
+    np.savez_compressed(tmp_path / "y.npz", sivs=alike, model=np.array(MODEL), version=np.array(1))
+    assert (tmp_path / "y.npz").stat().st_size < alike.nbytes / 2
+    np.testing.assert_array_equal(Bank.load(tmp_path / "y.npz").sivs, alike)
 
 
 def test_an_empty_bank_is_kept_as_one(tmp_path):
@@ -146,6 +150,7 @@ def test_what_is_no_path(path):
         (lambda: Bank(SIVS, ""), "model='': expected"),
         (lambda: Bank(SIVS * np.float32(3e38), MODEL), r"the bank: holds 3e\+38|the bank: holds 2\.\d+e\+38"),
         (lambda: Bank(-2 * SIVS - 1, MODEL), r"the bank: holds \d.*, where SIVs are in \[-1, 1\]; it may be damaged"),
+        (lambda: Bank(np.full((1, 40), 1.1, np.float32), MODEL), "the bank: holds 1.1, where SIVs are in"),
         (lambda: Bank(SIVS, MODEL) + None, "only a Bank can be joined to it, got NoneType"),
         (lambda: Bank(SIVS, MODEL) + SIVS, "only a Bank can be joined to it, got ndarray"),
     ],

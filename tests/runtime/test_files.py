@@ -144,11 +144,15 @@ def test_without_locks_files_are_written_and_nothing_is_swept(tmp_path, monkeypa
     assert sorted(p.name for p in tmp_path.iterdir()) == [left.name, "a.png"]
 
 
-@pytest.mark.parametrize("path", ["in/a.png", "in/deep/b.jpg", "link.png", "hard.png", "in/loop/deep/b.jpg", "m.onnx"])
+@pytest.mark.parametrize(
+    "path", ["in/a.png", "in/deep/b.jpg", "link.png", "hard.png", "in/loop/deep/b.jpg", "far/c.png", "m.onnx"]
+)
 def test_no_output_is_an_input(tmp_path, path):
     (tmp_path / "in/deep").mkdir(parents=True)
-    for name in ("in/a.png", "in/deep/b.jpg", "in/results.json", "m.onnx", "elsewhere.png"):
+    (tmp_path / "far").mkdir()
+    for name in ("in/a.png", "in/deep/b.jpg", "in/results.json", "m.onnx", "elsewhere.png", "far/c.png"):
         (tmp_path / name).touch()
+    (tmp_path / "in/far").symlink_to(tmp_path / "far")
     (tmp_path / "in/loop").symlink_to(tmp_path / "in")
     (tmp_path / "link.png").symlink_to("in/a.png")
     (tmp_path / "in/far.png").symlink_to("../elsewhere.png")
@@ -160,6 +164,17 @@ def test_no_output_is_an_input(tmp_path, path):
             check_outputs([tmp_path / "x", output], inputs)
     with pytest.raises(OutputError, match="is another file of this run"):
         check_outputs([tmp_path / "x", tmp_path / "in/../x"], [])
+
+
+def test_a_link_stays_and_the_file_that_it_leads_to_is_replaced(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far/a.txt").write_bytes(b"of yesterday")
+    (tmp_path / "a.txt").symlink_to("far/a.txt")
+    with replacing(tmp_path / "a.txt") as temporary:
+        write_bytes(temporary, b"new")
+    assert (tmp_path / "a.txt").is_symlink()
+    assert (tmp_path / "far/a.txt").read_bytes() == b"new"
+    assert [p.name for p in (tmp_path / "far").iterdir()] == ["a.txt"]
 
 
 def test_no_folder_to_fill_holds_an_input(tmp_path):

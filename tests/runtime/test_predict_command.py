@@ -15,6 +15,7 @@ from export.to_onnx import write_onnx
 from runtime import Predictor
 from runtime.backends.onnx import OnnxBackend
 from runtime.commands.results import GroupResults
+from runtime.groups import find_groups
 from runtime.sisms import builtin_sism
 from tests.helpers import BIRDS, random_network
 
@@ -239,6 +240,14 @@ def test_a_bad_group_does_not_stop_the_others(icnet, model_file, dataset, tmp_pa
     assert [name for name in files(out) if name.startswith("dogs")] == DOGS
     assert not list(out.glob("cats/*.png"))
     assert str(out) in text
+
+
+def test_hidden_files_and_folders_are_passed_over(image_folder):
+    """Such as the ._NAME.jpg that macOS leaves on foreign disks."""
+    data = image_folder("data/img/cats", "a.jpg", "._a.jpg", ".b.jpg").parents[1]
+    image_folder("data/img/.trash", "c.jpg")
+    (group,) = find_groups(data, None)
+    assert (group.name, [image.name for image in group.images]) == ("cats", ["a.jpg"])
 
 
 def test_an_interrupted_write_leaves_nothing_half_written(model_file, dataset, tmp_path, monkeypatch, icnet):

@@ -222,6 +222,12 @@ def test_an_unfinished_record_is_never_taken_for_a_finished_one(predict, tmp_pat
     assert "1 of 2 groups were finished already" in predict("--resume")[1]
     path.write_text(path.read_text() + '\n{"a.png": "12')  # cut off
     assert "1 of 2 groups were finished already" in predict("--resume")[1]
+    record = json.loads(path.read_text())
+    del record["files"]["a.png"]  # one that does not name all maps
+    path.write_text(json.dumps(record))
+    (path.parent / "a.png").unlink()
+    assert "1 of 2 groups were finished already" in predict("--resume")[1]
+    assert (path.parent / "a.png").exists()
 
 
 def unreadable(monkeypatch, name):
