@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import weakref
+from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
 from shutil import copytree
@@ -15,6 +16,7 @@ from PIL import Image
 
 from evaluation.dataset import evaluate, find_dataset
 from evaluation.metrics import Scores
+from evaluation.record import labels, recording
 from export.onnx_file import save_model
 from export.to_onnx import write_onnx
 from runtime import InputError, Predictor
@@ -163,6 +165,23 @@ def test_models_of_one_name_are_told_apart_by_their_paths(icnet, dataset, tmp_pa
     assert icnet("evaluate", dataset, "--models", *models, "--output", tmp_path / "r.json")[0] == 0
     rows = json.loads((tmp_path / "r.json").read_text())["datasets"][0]["maps"]
     assert [row["name"] for row in rows] == ["SISMs", *map(str, models)]
+
+
+def test_a_model_with_the_name_of_the_baseline_is_told_apart_from_it():
+    assert labels([Path("a/x.onnx"), Path("b/y.onnx")]) == ["x.onnx", "y.onnx"]
+    assert labels([Path("a/SISMs"), Path("b/y.onnx")]) == ["a/SISMs", "b/y.onnx"]
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(None, False), (lambda: False, False), (lambda: True, True)])
+def test_ctrl_c_keeps_what_there_is_to_keep(tmp_path, keep, kept):
+    output = tmp_path / "x.json"
+    with (
+        nullcontext() if kept else pytest.raises(KeyboardInterrupt),
+        recording({"rows": [1]}, output, keep=keep),
+    ):
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == (["x.json"] if kept else [])
+    assert not kept or json.loads(output.read_text()) == {"rows": [1], "interrupted": True}
 
 
 def test_maps_are_read_as_they_come_and_let_go(image_folder, tmp_path):
