@@ -16,8 +16,8 @@ class Metrics:
         self.s, self.max_f, self.max_e, self.mae = s, max_f, 0.9, 0.1
 
 
-def searched(narrow, losses, max_drop):
-    """Search a model in which each layer, if it is int8, costs what `losses` has for it."""
+def searched(narrow, losses, max_drop, metric="s"):
+    """Search a model in which each layer, if it is int8, costs what `losses` has for it, of one of the metrics."""
     model = ExportedModel(narrow)
     all_int8 = dict.fromkeys(model.tensors(), 1.0)
 
@@ -25,7 +25,8 @@ def searched(narrow, losses, max_drop):
         if candidate == narrow:
             return Metrics(0.9)
         weights = {i.name for i in candidate.graph.initializer}
-        return Metrics(0.9 - sum(v for k, v in losses.items() if f"network.{k}.weight_quantized" in weights))
+        drop = sum(v for k, v in losses.items() if f"network.{k}.weight_quantized" in weights)
+        return Metrics(0.9 - drop) if metric == "s" else Metrics(0.9, 0.8 - drop)
 
     return model, search(model, all_int8, max_drop, score)
 
@@ -49,10 +50,11 @@ def test_the_search_keeps_the_fewest_costly_layers(narrow):
     assert isinstance(nothing.found, Point)
 
 
-def test_a_max_drop_that_can_not_be_reached(narrow):
+@pytest.mark.parametrize("metric", ["s", "max_f"])
+def test_a_max_drop_that_can_not_be_reached(narrow, metric):
     model = ExportedModel(narrow)
     losses = {layer.name: 0.01 for layer in model.candidates}
-    _, found = searched(narrow, losses, 0.005)
+    _, found = searched(narrow, losses, 0.005, metric)
     assert not found.reached
     assert found.found.loss == min(p.loss for p in found.path)
 
