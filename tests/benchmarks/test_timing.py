@@ -68,3 +68,9 @@ def test_the_interval_is_of_pairs():
 
 def test_a_line_through_points_on_a_line():
     assert timing.line([1, 2, 300], [5, 7, 603]) == pytest.approx((3, 2))
+
+
+def test_a_line_is_as_close_to_small_values_as_to_large_ones():
+    """Without weights the last point would decide, and the line would miss the first by two thirds."""
+    offset, slope = timing.line([1, 2, 4, 100], [1, 2, 4, 150])
+    assert [offset + slope * x for x in (1, 2, 4)] == pytest.approx([1, 2, 4], rel=0.15)

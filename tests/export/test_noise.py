@@ -30,6 +30,8 @@ def test_rounding_to_tf32(value, rounded):
 
 def test_nan_stays_nan():
     assert round_to_tf32(torch.tensor([float("nan"), 1.0])).isnan().tolist() == [True, False]
+    every_bit = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)  # where rounding up overflows
+    assert round_to_tf32(every_bit).isnan().all()
 
 
 def test_tf32_rounds_the_factors_of_every_product_and_nothing_else():

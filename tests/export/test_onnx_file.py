@@ -72,6 +72,32 @@ def test_what_picks_reads_as_much_as_it_writes(tmp_path):
     assert (gather.flop, gather.other, gather.bytes) == (0, 0, 4 * (3 * 2) + 8 * 2 + 4 * (3 * 2))
 
 
+@pytest.mark.parametrize(
+    ("op", "attributes", "first", "flop", "other"),
+    [
+        ("Gemm", {}, [3, 5], 2 * 3 * 5 * 7, 0),
+        ("Gemm", {"transA": 0}, [3, 5], 2 * 3 * 5 * 7, 0),
+        ("Gemm", {"transA": 1}, [5, 3], 2 * 3 * 5 * 7, 0),
+        (
+            "ReduceSum",
+            {"keepdims": 1},
+            [3, 5],
+            0,
+            3 * 5,
+        ),  # of what it reads, not of the one that it writes
+    ],
+)
+def test_operations_of_one_node(tmp_path, op, attributes, first, flop, other):
+    helper = onnx.helper
+    inputs = [helper.make_tensor_value_info("a", 1, first), helper.make_tensor_value_info("b", 1, [5, 7])]
+    inputs = inputs if op == "Gemm" else inputs[:1]
+    node = helper.make_node(op, [value.name for value in inputs], ["y"], **attributes)
+    graph = helper.make_graph([node], "g", inputs, [helper.make_tensor_value_info("y", 1, None)])
+    onnx.save(helper.make_model(graph), tmp_path / "x.onnx")
+    (found,) = count(tmp_path / "x.onnx", 3)
+    assert (found.flop, found.other) == (flop, other)
+
+
 def test_what_can_not_be_counted(tmp_path):
     path = tmp_path / "x.onnx"
     path.write_text("no model")

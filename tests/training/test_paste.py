@@ -9,7 +9,7 @@ from PIL import Image
 
 from runtime import InputError
 from training.cutouts import families, held_out, read_set, related
-from training.paste import CutPaste, Group
+from training.paste import CutPaste, Group, corrupted_sism
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,20 @@ def test_corrupted_sisms_change_nothing_else_and_add_up(maker):
     changed = [[not np.array_equal(a, b) for a, b in zip(clean.sisms, g.sisms, strict=True)] for g in (some, more)]
     assert (sum(changed[0]), sum(changed[1])) == (2, 6)
     assert all(m for s, m in zip(*changed, strict=True) if s)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0, 0), (0.2, 2), (0.6, 6), (1, 10)])
+def test_so_many_sisms_are_plainly_wrong(maker, monkeypatch, share, expected):
+    made = []
+
+    def counted(rng, objects):
+        made.append(corrupted_sism(rng, objects))
+        return made[-1]
+
+    monkeypatch.setattr("training.paste.corrupted_sism", counted)
+    group = maker.group([9], 10, corrupted=share)
+    assert len(made) == expected
+    assert all(any(np.array_equal(one, sism) for sism in group.sisms) for one in made)
 
 
 def test_classes_that_share_a_word_are_related():
