@@ -50,6 +50,26 @@ def test_the_search_keeps_the_fewest_costly_layers(narrow):
     assert isinstance(nothing.found, Point)
 
 
+def test_a_layer_that_costs_nothing_beside_others_goes_back_to_int8(narrow):
+    """By itself one layer costs the most, and so it is the first to return to floating point."""
+    model = ExportedModel(narrow)
+
+    def score(candidate, what):
+        if candidate == narrow:
+            return Metrics(0.9)
+        weights = {i.name for i in candidate.graph.initializer if i.name.endswith(".weight_quantized")}
+        if weights == {"network.vgg.vgg.7.weight_quantized"}:
+            return Metrics(0.88)
+        return Metrics(0.89 if "network.Co4.conv.0.weight_quantized" in weights else 0.9)
+
+    found = search(model, dict.fromkeys(model.tensors(), 1.0), 0.005, score)
+    assert found.reached
+    assert [p.float_layers for p in found.path] == [
+        (), ("vgg.vgg.7",), ("vgg.vgg.7", "Co4.conv.0"), ("Co4.conv.0",),
+    ]  # fmt: skip
+    assert found.found == found.path[-1]
+
+
 @pytest.mark.parametrize("metric", ["s", "max_f"])
 def test_a_max_drop_that_can_not_be_reached(narrow, metric):
     model = ExportedModel(narrow)
