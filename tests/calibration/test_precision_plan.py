@@ -50,6 +50,20 @@ def test_the_search_keeps_the_fewest_costly_layers(narrow):
     assert isinstance(nothing.found, Point)
 
 
+def test_a_plan_with_less_than_half_of_the_operations_in_int8_has_failed(narrow):
+    """The largest layers cost so much that, without those that would do, less than half is left in INT8."""
+    model = ExportedModel(narrow)
+    losses, share = {}, model.share([layer.name for layer in model.candidates])
+    for layer in sorted(model.candidates, key=lambda layer: -layer.macs):
+        if share >= 0.5:
+            losses[layer.name] = 0.02 - 0.001 * len(losses)
+            share -= model.share([layer.name])
+    _, found = searched(narrow, losses, 0.005)
+    assert (found.found.share, found.found.loss) == pytest.approx((share, 0))
+    assert share < 0.5
+    assert not found.reached
+
+
 def test_a_layer_that_costs_nothing_beside_others_goes_back_to_int8(narrow):
     """By itself one layer costs the most, and so it is the first to return to floating point."""
     model = ExportedModel(narrow)

@@ -9,6 +9,7 @@ from onnx import numpy_helper
 from export.checkpoint import save_checkpoint
 from export.fp16 import half_precision
 from export.icnet import ICNet, Uint8Interface
+from export.onnx_file import cpu_session
 from export.proof import Difference, allowed, check, compare
 from export.reference import ReferenceICNet
 from export.samples import samples, smooth_group
@@ -153,6 +154,20 @@ def test_the_proof_refuses_maps_that_are_not_finite(tmp_path):
     assert differences[-1].max == np.inf
     with pytest.raises(ModelError):
         check(path, differences)
+
+
+@pytest.mark.parametrize(("precision", "optimised"), [("fp32", True), ("fp16", False)])
+def test_an_fp16_file_is_proved_with_every_rounding(model_file, network, monkeypatch, precision, optimised):
+    """ONNX Runtime's optimiser takes roundings out of FP16 graphs on a CPU, and so hides an overflow."""
+    seen = []
+
+    def noted(*args, **options):
+        seen.append(options["optimised"])
+        return cpu_session(*args, **options)
+
+    monkeypatch.setattr("export.proof.cpu_session", noted)
+    compare(model_file, network, precision=precision, groups=samples(sizes=(1,)))
+    assert seen == [optimised]
 
 
 def test_the_bound_follows_the_floor():
