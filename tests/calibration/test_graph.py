@@ -79,6 +79,7 @@ def test_what_is_pooled_resized_joined_or_added_is_on_one_scale(precision, expec
     quantised = model.quantised(ranges)
     readers = {i: n for n in quantised.graph.node for i in n.input}
     producers = nodes_by_output(quantised)
+    originals = {n.name: n for n in model.model.graph.node}
     seen = Counter()
     for node in quantised.graph.node:
         dequantised = [i for i in node.input if i in producers and producers[i].op_type == "DequantizeLinear"]
@@ -86,6 +87,8 @@ def test_what_is_pooled_resized_joined_or_added_is_on_one_scale(precision, expec
             after = readers[readers[node.output[0]].output[0]].output[0]
             inputs = node.input if node.op_type == "Concat" else node.input[:1]
             assert {scale_of(quantised, i) for i in inputs} == {scale_of(quantised, after)}
+            if node.op_type == "Concat":  # of the largest: nothing that is joined is cut off
+                assert 127 * scale_of(quantised, after) >= 0.999 * ranges[originals[node.name].output[0]]
             seen[node.op_type] += 1
         if node.op_type == "Add" and dequantised:
             assert len({scale_of(quantised, i) for i in dequantised}) == 1
