@@ -251,3 +251,20 @@ sys.exit(icnet_cli.main(sys.argv[1:]))
     done = python(code, *words)
     prog = " ".join(["icnet", *(word for word in words if not word.startswith("-"))])
     assert (done.returncode, done.stdout, done.stderr) == (expected, "", f"\n{prog}: stopped\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_command_that_keeps_what_it_has_exits_with_the_signal_s_code(number, expected):
+    code = f"""
+import signal, sys, types
+import icnet_cli
+def run(args):
+    try:
+        signal.raise_signal({int(number)})
+    except KeyboardInterrupt:
+        return 130  # as the measurements do, once they have written their results
+icnet_cli._load = lambda *_: types.SimpleNamespace(add_arguments=lambda parser: None, run=run)
+sys.exit(icnet_cli.main(["predict"]))
+"""
+    assert python(code).returncode == expected
