@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.usefixtures("only_rtx"), pytest.mark.filterwarnings("i
         ((*SIZES, "--workspace", 0), "at least 1 MiB"),
         ((*SIZES, "--hardware-compatible"), "--hardware-compatible: TensorRT-RTX does not have it"),
         ((*SIZES, "--version-compatible"), "--version-compatible: TensorRT-RTX does not have it"),
-        (("--max", 0), "groups of up to 0 images"),
+        (("--max", 0), "--max 0: expected 1 or more"),
         ((*SIZES, "--level", 6), "--level 6: TensorRT's optimisation levels are 0 to 5"),
         ((*SIZES, "--level", 6, "--trtexec"), "--level 6: TensorRT's optimisation levels are 0 to 5"),
         ((*SIZES, "--compute-capability", "3.5"), "--compute-capability 3.5: this TensorRT-RTX builds for 7.5, 8.0"),

@@ -281,7 +281,7 @@ def test_weights_that_give_nan_are_named_as_the_reason(icnet, tmp_path):
     save_checkpoint(tmp_path / "huge.pth", network)
     code, _, err = icnet("export", "--checkpoint", tmp_path / "huge.pth", "--output", tmp_path / "x.onnx")
     assert code == 2
-    assert "with these weights the paper's own network computes NaN" in err
+    assert "with these weights the paper's network itself computes NaN" in err
 
 
 def test_export_errors_are_one_line(icnet, tmp_path, checkpoint):

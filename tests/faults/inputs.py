@@ -182,7 +182,7 @@ def models(lab: Lab, case: Case) -> None:
 
     def run() -> Any:
         bank = tuple(path if file == files[role] else file for file in (files["intra"], files["banked"]))
-        given = {"bank": bank} if role in ("intra", "banked") else {"model": path}
+        given = {"bank_export": bank} if role in ("intra", "banked") else {"model": path}
         with Predictor(**given, threads=1, verify=True) as predictor:
             return predictor(group, sisms)
 

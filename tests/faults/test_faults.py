@@ -22,8 +22,9 @@ def lab(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab
         return write_exports(tmp_path_factory.mktemp("other"), random_network(1 / 32, seed=1))
 
     with Lab(exports, other, tmp_path_factory.mktemp("lab")) as lab:
-        for folder in (lab.folder, *lab.folder.parents[:2]):
-            folder.chmod(0o755)  # for the cases that run without privileges
+        for folder in (lab.folder, *lab.folder.parents):  # for the cases that run without privileges
+            if folder.stat().st_mode & 0o005 != 0o005:
+                folder.chmod(0o755)
         yield lab
 
 

@@ -489,7 +489,7 @@ class TestRtxKernels:
 
 def test_groups_outside_every_profile(gpu, engine):
     with Predictor(engine) as predictor:
-        with pytest.raises(ModelError, match=r"groups of 1, 2 to 6, 4 to 12 images, got 13; .*--max 13"):
+        with pytest.raises(ModelError, match=r"groups of 1, 2 to 6, 4 to 12 images, got 13; .*holds 13"):
             predictor.predict_tensors(*group(13))
         with pytest.raises(ModelError, match="got 13"):
             predictor([PHOTOS[0]] * 13, [PHOTOS[0]] * 13)
@@ -637,7 +637,7 @@ def test_packed_engines(any_gpu, exports, tmp_path, expected):
         for one, (_, maps) in zip(found, stream, strict=True):
             np.testing.assert_allclose(one, maps, atol=2e-2)
         with pytest.raises(
-            ModelError, match=r"groups of 1 to 16, 1 to 4 images, got 17; .*--max 17; or run it in chunks"
+            ModelError, match=r"groups of 1 to 16, 1 to 4 images, got 17; .*holds 17.*; or run it in chunks"
         ):
             predictor.predict_tensors(*group(17))
     if not any_gpu.bindings:  # otherwise replayed graphs are not in the log

@@ -171,7 +171,10 @@ def test_a_data_set_is_written_as_the_paper_lays_it_out(icnet, tmp_path, materia
         (lambda c, b: Image.new("RGBA", (9, 9)).save(c / "ant" / "0.png"), "something that is not transparent"),
         (lambda c, b: (c / "ant" / "0.png").write_bytes(b"x"), "0.png: not a picture that can be read"),
         (lambda c, b: [p.unlink() for p in c.rglob("*.png")], "no cut-outs; expected CLASS/NAME.png"),
-        (lambda c, b: [p.unlink() for n in c.iterdir() if n.name != "ant" for p in n.iterdir()], "no other class"),
+        (
+            lambda c, b: [p.unlink() for n in c.iterdir() if n.name != "ant" for p in n.iterdir()],
+            "of an unrelated class",
+        ),
         (lambda c, b: [p.unlink() for p in b.rglob("*.jpg")], "no pictures for backgrounds"),
         (lambda c, b: (b / "deep" / "0.jpg").write_bytes(b"x"), "0.jpg: not an image"),
     ],
