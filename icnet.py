@@ -7,6 +7,7 @@ if problem := shadowed("runtime"):
 
 from runtime import (
     Bank,
+    Box,
     CheckpointError,
     DependencyError,
     ICNetError,
@@ -15,10 +16,15 @@ from runtime import (
     OutputError,
     Predictor,
     __version__,
+    boxes,
+    cutout,
+    mask,
+    otsu_level,
 )
 
 __all__ = [
     "Bank",
+    "Box",
     "CheckpointError",
     "DependencyError",
     "ICNetError",
@@ -27,4 +33,8 @@ __all__ = [
     "OutputError",
     "Predictor",
     "__version__",
+    "boxes",
+    "cutout",
+    "mask",
+    "otsu_level",
 ]

@@ -9,12 +9,14 @@ from runtime.errors import (
     ModelError,
     OutputError,
 )
+from runtime.outputs import Box, boxes, cutout, mask, otsu_level
 from runtime.predictor import Predictor
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Bank",
+    "Box",
     "CheckpointError",
     "DependencyError",
     "ICNetError",
@@ -22,4 +24,8 @@ __all__ = [
     "ModelError",
     "OutputError",
     "Predictor",
+    "boxes",
+    "cutout",
+    "mask",
+    "otsu_level",
 ]

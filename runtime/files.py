@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from runtime.contract import FILE_DIGEST
 from runtime.errors import InputError, ModelError, OutputError
-from runtime.groups import SUFFIXES
+from runtime.groups import suffixes
 
 TAIL = 1 << 16  # bytes at the end of a model file, in which its metadata are
 UNSEALED = "0" * 64  # stands for a file's digest until the digest is known
@@ -80,7 +80,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             kind = "a folder" if target.is_dir() else "not a regular file"
             raise OutputError(f"{path}: can't be written: it is {kind}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target.parent)
+        sweep(target.parent)
         with _temporary_file(target) as temporary:
             yield temporary
             with temporary.open("rb") as file:
@@ -290,7 +290,7 @@ def _images(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(here)
-        yield from (Path(name, file) for file in files if Path(file).suffix.lower() in SUFFIXES)
+        yield from (Path(name, file) for file in files if Path(file).suffix.lower() in suffixes())
 
 
 @contextmanager
@@ -312,7 +312,7 @@ def _temporary_file(target: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Delete the temporary files that killed runs left in a folder."""
     if folder in _swept:
         return

@@ -5,29 +5,46 @@ PATH/*.jpg                                        one group, named after its fol
 PATH/img/GROUP/*.jpg, PATH/sism/GROUP/NAME.png    a data set
 """
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from runtime.errors import InputError
+from runtime.errors import InputError, how_to_install
 
 SUFFIXES = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".jp2", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm",
 }  # fmt: skip
+HEIF = {".heic", ".heif", ".hif"}  # images too where pillow-heif is installed
 
 
 @dataclass(frozen=True)
 class Group:
     """The images of one group, in order of their names, and each one's SISM (None: there are no SISM files).
 
-    Of a group that can't be used, `problem` says why.
+    Of a group that can't be used, `problem` says why. `passed_over` are the files beside the images whose suffix is not
+    an image's.
     """
 
     name: str
     images: tuple[Path, ...]
     sisms: tuple[Path, ...] | None
     problem: InputError | None = None
+    passed_over: tuple[Path, ...] = ()
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """The suffixes of images, in lower case: `SUFFIXES`, and those of `HEIF` if pillow-heif is installed."""
+    return frozenset(SUFFIXES | HEIF if importlib.util.find_spec("pillow_heif") else SUFFIXES)
+
+
+def heif_hint(files: Sequence[Path]) -> str:
+    """What to install if any of these files is passed over for want of it; "" otherwise."""
+    missing = any(file.suffix.lower() in HEIF - suffixes() for file in files)
+    return f"; to read HEIC and HEIF: {how_to_install('heif')}" if missing else ""
 
 
 def find_groups(path: Path, sisms: Path | None) -> list[Group]:
@@ -71,10 +88,11 @@ def find_groups(path: Path, sisms: Path | None) -> list[Group]:
 
 def check_folder(path: Path) -> None:
     """Raise InputError unless `path` is an image file, a data set, or a folder that may hold the images of a group."""
-    if path.is_file() and path.suffix.lower() in SUFFIXES:
+    if path.is_file() and path.suffix.lower() in suffixes():
         return
     if not path.is_dir():
-        raise InputError(f"{path}: {'neither a folder nor an image' if path.exists() else 'no such folder'}")
+        problem = "neither a folder nor an image" if path.exists() else "no such folder"
+        raise InputError(f"{path}: {problem}{heif_hint([path]) if path.exists() else ''}")
     if (path / "img").is_dir() or image_files(path):
         return
     if folders := [f.name for f in _entries(path) if f.is_dir()]:
@@ -87,8 +105,10 @@ def check_folder(path: Path) -> None:
 
 def _group(name: str, folder: Path, sism_folder: Path | None) -> Group:
     images = image_files(folder)
+    passed_over = tuple(f for f in _entries(folder) if f.suffix.lower() not in suffixes() and not f.is_dir())
     if not images:
-        raise InputError(f"{folder}: no images in it (looked for {', '.join(sorted(SUFFIXES))})")
+        looked_for = ", ".join(sorted(suffixes()))
+        raise InputError(f"{folder}: no images in it (looked for {looked_for}){heif_hint(passed_over)}")
     by_stem: dict[str, Path] = {}
     for image in images:
         if image.stem in by_stem:
@@ -96,7 +116,8 @@ def _group(name: str, folder: Path, sism_folder: Path | None) -> Group:
                 f"{folder}: {by_stem[image.stem].name} and {image.name} would both become {image.stem}.png; rename one"
             )
         by_stem[image.stem] = image
-    return Group(name, tuple(images), None if sism_folder is None else matching(images, sism_folder, "SISM"))
+    sisms = None if sism_folder is None else matching(images, sism_folder, "SISM")
+    return Group(name, tuple(images), sisms, passed_over=passed_over)
 
 
 def matching(images: Sequence[Path], folder: Path, what: str) -> tuple[Path, ...]:
@@ -129,7 +150,7 @@ def image_files(folder: Path) -> list[Path]:
     Raises:
         InputError: the folder can't be read.
     """
-    return [f for f in _entries(folder) if f.suffix.lower() in SUFFIXES and not f.is_dir()]
+    return [f for f in _entries(folder) if f.suffix.lower() in suffixes() and not f.is_dir()]
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError, _imaging
 
 from runtime.contract import SIZE
 from runtime.errors import InputError
+from runtime.groups import heif_hint
 from runtime.sisms import builtin_sism
 
 ImageSource = str | os.PathLike[str] | bytes | bytearray | BytesIO | NDArray[np.generic] | Image.Image
@@ -179,7 +180,7 @@ def upright_size(path: Path) -> tuple[int, int]:
         InputError: it is no image.
     """
     _check_file(str(path))
-    with _reading(str(path)), Image.open(path) as image:
+    with _reading(str(path)), path.open("rb") as file, _identified(file) as image:
         # Pillow has turned the size of a TIFF file when it opens it.
         turned = image.format != "TIFF" and image.getexif().get(ORIENTATION) in TURNED
         return image.size[::-1] if turned else image.size
@@ -280,8 +281,24 @@ def _open_path(path: str) -> Image.Image:
 
 
 def _open(file: BinaryIO, name: str) -> Image.Image:
-    with _reading(name), Image.open(file) as image:
+    with _reading(name), _identified(file) as image:
         return _decode(image, name)
+
+
+def _identified(file: BinaryIO) -> Image.Image:
+    """Pillow's image of a file, which pillow-heif may read if Pillow alone can't."""
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        try:
+            import pillow_heif
+        except ImportError:
+            pillow_heif = None
+        if pillow_heif is None:
+            raise
+        pillow_heif.register_heif_opener()  # it turns images upright, and says so in their EXIF orientation
+        file.seek(0)
+        return Image.open(file)
 
 
 @contextmanager
@@ -294,7 +311,8 @@ def _reading(path: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{path}: not an image, or of a format that Pillow can't read") from error
+        hint = heif_hint([Path(path)])
+        raise InputError(f"{path}: not an image, or of a format that Pillow can't read{hint}") from error
     except Image.DecompressionBombError as error:
         raise _too_many_pixels(path) from error
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error, zlib.error and more
