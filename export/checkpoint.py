@@ -1,8 +1,8 @@
 """ICNet checkpoints in the authors' layout, read and written; and VGG16 backbones.
 
 The layout is a dict with the network's tensors under `state_dict` and, in a training checkpoint, the optimiser's
-state under `optimizer`. Ours have the digest of the weights beside them, which is checked. Everything is loaded with
-`weights_only=True`: a checkpoint can't run code.
+state under `optimizer`. Ours have the digest of the weights beside them, which is checked, and may say in a line what
+they are for. Everything is loaded with `weights_only=True`: a checkpoint can't run code.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from export.icnet import WIDTH_STEPS, ICNet
-from runtime.contract import WEIGHTS
+from runtime.contract import CARD, WEIGHTS, card_of
 from runtime.errors import CheckpointError
 from runtime.files import encoded, replacing, write_bytes
 
@@ -50,6 +50,15 @@ def load_checkpoint(path: str | os.PathLike[str]) -> ICNet:
             f"whole copy (edited on purpose? Remove {WEIGHTS} from its dict, or save it with save_checkpoint)"
         )
     return model.eval()
+
+
+def read_card(path: str | os.PathLike[str]) -> str | None:
+    """What a checkpoint is for, if it tells.
+
+    Raises:
+        CheckpointError: as for `read_checkpoint`.
+    """
+    return card_of(read_checkpoint(path))
 
 
 def weights_digest(network: torch.nn.Module) -> str:
@@ -128,6 +137,7 @@ def save_checkpoint(
     model: ICNet,
     optimizer: torch.optim.Optimizer | None = None,
     training: Mapping[str, Any] | None = None,
+    card: str | None = None,
 ) -> None:
     """Write a checkpoint in the authors' layout, so that their code reads ours. Whole or not at all.
 
@@ -138,6 +148,7 @@ def save_checkpoint(
         model: the network.
         optimizer: written under `optimizer`, to go on training.
         training: written under `training`: the rest that resuming needs, in numbers, texts, lists and dicts.
+        card: written under `CARD`: what the checkpoint is for, in one line; its exports carry it.
 
     Raises:
         OutputError: the file can't be written.
@@ -147,6 +158,8 @@ def save_checkpoint(
         checkpoint["optimizer"] = optimizer.state_dict()
     if training is not None:
         checkpoint["training"] = dict(training)
+    if card:
+        checkpoint[CARD] = card
     with replacing(path) as temporary:
         write_bytes(temporary, encoded(partial(torch.save, checkpoint)))
 

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from export.checkpoint import load_checkpoint
+from export.checkpoint import load_checkpoint, read_card
 from export.fp16 import half_precision
 from export.icnet import SIVS_PER_WIDTH, ICNet, Intra, Packed, Uint8Interface
 from export.onnx_file import TAKES
@@ -31,7 +31,7 @@ from export.proof import check, compare, table
 from export.reference import ReferenceICNet
 from export.samples import samples
 from export.trace import provenance_of, trace
-from runtime.contract import BANK, FLOAT_INPUTS, FLOAT_OUTPUTS, GROUPS, INPUTS, OUTPUTS, SIVS, ExportKind
+from runtime.contract import BANK, CARD, FLOAT_INPUTS, FLOAT_OUTPUTS, GROUPS, INPUTS, OUTPUTS, SIVS, ExportKind
 from runtime.errors import InputError, ModelError, OutputError
 from runtime.files import bank_files, check_outputs, replacing
 
@@ -140,6 +140,8 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision is not installed
     network = load_checkpoint(args.checkpoint)
     provenance = provenance_of(args.checkpoint, network, network.width, args.precision, io=args.io)
+    if card := read_card(args.checkpoint):
+        provenance[CARD] = card
     with ExitStack() as stack:
         files = {each: stack.enter_context(replacing(output)) for each, output in outputs.items()}
         groups = samples()

@@ -40,6 +40,7 @@ class BankModels:
         self.width = intra.interface.output.shape[1]  # numbers in an image's SIVs
         if self.width != banked.interface.inputs[2].shape[1] or differ(intra.weights_digest, banked.weights_digest):
             raise ModelError(f"{banked.path}: not of the same bank export as {intra.path}; export both at once")
+        self.card = banked.card
         # A digest counts only if both files tell it.
         self.weights_digest = intra.weights_digest if banked.weights_digest else None
         self._intra, self._banked = intra, banked

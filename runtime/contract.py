@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from runtime.errors import ModelError
+from runtime.errors import ModelError, printable
 
 SIZE = 224  # side of the network's input and output, pixels
 
@@ -15,6 +15,9 @@ SIZE = 224  # side of the network's input and output, pixels
 WEIGHTS = "weights_sha256"  # its key in an ONNX file's metadata
 # Nor this: the digest of the file, by which damage is noticed (see `runtime.files.seal`).
 FILE_DIGEST = "icnet_file_sha256"  # its key in an ONNX file's metadata, and in the notes in an MNN file
+# Nor this: what the checkpoint is for, in a line.
+MAX_CARD = 200  # characters
+CARD = "icnet_card"  # its key in a checkpoint, and in an ONNX file's metadata
 ENGINE_NAME = "icnet "  # the digest follows this in the name of an engine from `icnet build`
 
 Dim = int | str | None  # a fixed size, or a named or anonymous dynamic one
@@ -100,6 +103,12 @@ INTERFACES = (
     Interface(ExportKind.INTRA, INPUTS, SIVS),
     Interface(ExportKind.BANKED, (*INPUTS, BANK), OUTPUTS[0]),
 )
+
+
+def card_of(notes: Mapping[str, object]) -> str | None:
+    """What a model's checkpoint is for, from the notes in its file: one line of at most `MAX_CARD` characters."""
+    card = notes.get(CARD)
+    return (" ".join(printable(card).split())[:MAX_CARD] or None) if isinstance(card, str) else None
 
 
 def check_contract(path: object, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> Interface:

@@ -128,7 +128,12 @@ def write_picture(path: Path, save: Callable[..., object], **options: Any) -> No
 
 def write_json(path: Path, content: Any) -> None:
     """Write a temporary file, from `replacing`, in the way of all our JSON files."""
-    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+    write_bytes(path, json_bytes(content))
+
+
+def json_bytes(content: Any) -> bytes:
+    """The content of a JSON file of ours."""
+    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def remove(path: Path) -> None:

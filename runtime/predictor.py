@@ -75,6 +75,7 @@ class Predictor:
 
     Attributes:
         path: the model's file, or the banked file of a bank export alone.
+        card: what the model's checkpoint is for, e.g. "drawings, a demo", in one line; None if the file doesn't tell.
         pipeline: the way of groups through the models, for this package's commands; not part of the stable API.
 
     Raises:
@@ -150,6 +151,8 @@ class Predictor:
                 banks = BankModels(intra, banked, max_images)
                 if self._backend is not None and differ(self._backend.weights_digest, banks.weights_digest):
                     raise ModelError(f"{banks.path}: of another network than {self.path}; export them again")
+            known = self._backend or banks
+            self.card: str | None = known.card if known else None
             self.pipeline = Pipeline(self.path, workers, self._backend, banks, most, max_delay_ms / 1000)
             opened.callback(self.pipeline.close)
             self._opened: ExitStack | None = opened.pop_all()

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from export.checkpoint import load_backbone, load_checkpoint, read_checkpoint, save_checkpoint
 from export.icnet import SIZE, CorrelationFusion, ICNet, Uint8Interface, resize
 from runtime.commands.options import number, positive
+from runtime.contract import CARD, MAX_CARD, card_of
 from runtime.errors import CheckpointError, ICNetError, InputError
 from runtime.files import check_outputs, replacing, write_picture
 from training.batches import Batch, DataSetBatches, PastedBatches
@@ -46,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--images", type=number(2), default=10, help="images of one group per step (default 10)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="checkpoint, written every --save-every steps")
     parser.add_argument("--weights", type=Path, help="write the weights alone as well, in FP16, when training is done")
+    parser.add_argument(
+        "--card", type=_card, metavar="TEXT", help="what the checkpoint is for, in one line, e.g. 'drawings, a demo'"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from --output, if it is there")
     parser.add_argument(
         "--backbone", type=Path, help="vgg16_feat.pth, torchvision's VGG16, or from `icnet data pretrain`"
@@ -112,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         losses = _resume(args, network, optimizer)
     train(args, network, optimizer, batches, losses)
     if args.weights:
-        save_checkpoint(args.weights, _smaller(network))
+        save_checkpoint(args.weights, _smaller(network), card=args.card)
     return 0
 
 
@@ -226,6 +230,12 @@ def _step(
     return on_maps.item()
 
 
+def _card(text: str) -> str:
+    if len(text) > MAX_CARD or text != card_of({CARD: text}):
+        raise argparse.ArgumentTypeError(f"expected one line of at most {MAX_CARD} characters")
+    return text
+
+
 def _check(args: argparse.Namespace) -> None:
     if (args.data is None) == (args.cutouts is None) or (args.cutouts is None) != (args.backgrounds is None):
         raise InputError("give either --data, or --cutouts and --backgrounds")
@@ -294,13 +304,14 @@ def _resume(args: argparse.Namespace, network: ICNet, optimizer: torch.optim.Opt
         )
     network.load_state_dict(checkpoint["state_dict"])
     optimizer.load_state_dict(checkpoint["optimizer"])
+    args.card = args.card or card_of(checkpoint)
     losses: list[float] = training["losses"]
     return losses
 
 
 def _save(args: argparse.Namespace, network: ICNet, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
     training: dict[str, Any] = {"losses": losses, "settings": {name: getattr(args, name) for name in SETTINGS}}
-    save_checkpoint(args.output, network, optimizer, training)
+    save_checkpoint(args.output, network, optimizer, training, args.card)
     _plot(args.output.with_suffix(".png"), losses)
 
 

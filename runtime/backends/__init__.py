@@ -25,6 +25,7 @@ class Backend(Protocol):
     slots: int  # calls that are worth having in work at once
     largest: int | None  # images that one call takes; None for any number
     weights_digest: str | None  # digest of the network's weights, if the file tells
+    card: str | None  # what the checkpoint is for, if the file tells
 
     def check_group(self, images: int, bank_size: int = 1) -> None:
         """Raise ModelError if the model can't take so many images at once, or a bank of so many SIVs."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from runtime.backends.cuda_driver import unfit
-from runtime.contract import ENGINE_NAME, ExportKind, Interface, TensorSpec, check_contract
+from runtime.contract import ENGINE_NAME, ExportKind, Interface, TensorSpec, card_of, check_contract
 from runtime.errors import DependencyError, ModelError, OutputError
 from runtime.files import replacing
 from runtime.tensorrt_library import NAMES, Log, load, log_of, not_installed
@@ -97,8 +97,8 @@ def load_engine(path: Path, content: bytes, allow_host_code: bool) -> LoadedEngi
     return LoadedEngine(trt, log, engine, interface, Profiles(_ranges(engine, interface), images), weights)
 
 
-def read_engine(path: Path) -> bytes:
-    """The engine's bytes, checked against its sidecar if there is one.
+def read_engine(path: Path) -> tuple[bytes, str | None]:
+    """The engine's bytes, checked against its sidecar if there is one, and what the sidecar says that it is for.
 
     Raises:
         ModelError: it can't be read, or the sidecar is another's.
@@ -108,16 +108,18 @@ def read_engine(path: Path) -> bytes:
     except OSError as error:
         raise ModelError(f"{path}: can't be read: {error.strerror or error}") from error
     sidecar = path.with_name(path.name + ".json")
+    card = None
     if sidecar.is_file():
         try:
-            expected = json.loads(sidecar.read_text())["engine_sha256"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            record = json.loads(sidecar.read_text())
+            expected, card = record["engine_sha256"], card_of(record.get("onnx_metadata") or {})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(
                 f"{sidecar}: not the sidecar of an engine; delete it or rebuild with icnet build"
             ) from error
         if expected != hashlib.sha256(content).hexdigest():
             raise ModelError(f"{path}: is not the engine that {sidecar.name} describes; rebuild it with icnet build")
-    return content
+    return content, card
 
 
 def _deserialise(path: Path, content: bytes, allow_host_code: bool) -> tuple[Any, Log, Any]:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.onnx import Finished
-from runtime.contract import SIZE, WEIGHTS, ExportKind, TensorSpec, check_contract
+from runtime.contract import SIZE, WEIGHTS, ExportKind, TensorSpec, card_of, check_contract
 from runtime.errors import DependencyError, ICNetError, ModelError, how_to_install, one_line
 from runtime.files import check_model_file, utf8_name
 from runtime.threads import cores, native_calls
@@ -77,6 +77,7 @@ class MnnBackend:
         notes = _notes(self.path)
         weights = notes.get(WEIGHTS)
         self.weights_digest = weights if isinstance(weights, str) else None
+        self.card = card_of(notes)
         self._image_bytes = 4 * SIZE**2 * PADDED * ceil(FEATURES * _width(notes) / PADDED)
         self._planned: list[int] | None = None  # the inputs' lengths
         self._lock = threading.Lock()

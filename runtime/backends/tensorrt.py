@@ -55,7 +55,7 @@ class TensorRTBackend:
         eager_kernels: bool = False,
     ) -> None:
         self.path = path
-        content = read_engine(path)
+        content, self.card = read_engine(path)
         self.slots = slots
         cuda = Cuda(device)
         try:

@@ -1,25 +1,23 @@
 """`icnet predict`: folders of images in, folders of co-saliency maps and contact sheets out."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from runtime.bank import Bank
-from runtime.commands.contact_sheet import contact_sheet
+from runtime.commands import outputs
 from runtime.commands.device import add_device_argument, providers
-from runtime.commands.results import SHEET, GroupResults
+from runtime.commands.results import GroupResults
+from runtime.commands.summary import Summary
 from runtime.errors import ICNetError, InputError, ModelError, printable
 from runtime.files import bank_files, digest
-from runtime.groups import Group, check_folder, find_groups
+from runtime.groups import check_folder, find_groups
 from runtime.predictor import Predictor
-from runtime.preprocess import GroupPixels, restore_map, save_map
 from runtime.stream import Task
 
 BUILTIN = "builtin"
@@ -34,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, required=True, help="folder for GROUP/NAME.png maps and GROUP/contact_sheet.jpg"
     )
+    outputs.add_arguments(parser)
     parser.add_argument(
         "--resume", action="store_true", help="keep the groups that are finished there and would come out the same"
     )
@@ -73,10 +72,11 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ICNetError: nothing could be started.
     """
+    asked = outputs.chosen(args)
     groups = find_groups(args.path, sism_folder(args.path, args.sisms))
     bank = None if args.bank is None else Bank.load(args.bank)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    failed = skipped = 0
+    summary = Summary(groups, asked)
     with open_predictor(args.model, args.threads, bank is not None, args.device) as predictor:
         if args.pack and not predictor.packed:
             raise InputError(
@@ -89,21 +89,20 @@ def run(args: argparse.Namespace) -> int:
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             bar = progress.add_task("", total=len(groups))
 
-            def tasks() -> Iterator[Task[None] | ICNetError]:
-                nonlocal skipped
+            def tasks() -> Iterator[Task[outputs.Fullness | None] | ICNetError]:
                 for group in groups:
                     progress.update(bar, description=escape(group.name))
                     try:
                         if group.problem is not None:
                             raise group.problem
-                        results = GroupResults(args.output / group.name, group, models)
+                        results = GroupResults(args.output / group.name, group, models, asked)
                         if args.resume and results.finished():
-                            skipped += 1
+                            summary.finished += 1
                             progress.advance(bar)
                             continue
                         task = Task(
                             predictor.pipeline.reads(group.images, group.sisms, kept=bank is not None),
-                            partial(writes, group, results),
+                            partial(outputs.writes, group, results, asked),
                         )
                         results.begin()
                     except ICNetError as error:
@@ -113,32 +112,18 @@ def run(args: argparse.Namespace) -> int:
 
             for outcome in predictor.pipeline.stream(tasks(), bank=bank, pack=args.pack):
                 if isinstance(outcome, ICNetError):
-                    failed += 1
+                    summary.failed += 1
                     console.print(f"icnet predict: error: {outcome}", style="red", markup=False)
+                else:
+                    summary.add(outcome)
                 progress.advance(bar)
-    if skipped:
-        print(f"{skipped} of {len(groups)} groups were finished already")
-    if failed and len(groups) > 1:
-        console.print(f"{failed} of {len(groups)} groups failed; mend them and go on with --resume")
-    if failed < len(groups):
-        folder = args.output / (groups[0].name if len(groups) == 1 else "GROUP")
-        print(printable(f"maps: {folder}/*.png, to look at: {folder / SHEET}"))
-    return 2 if failed else 0
-
-
-def writes(
-    group: Group, results: GroupResults, pixels: GroupPixels, maps: NDArray[np.float32]
-) -> list[Callable[[], None]]:
-    """A call per image that writes its map (8-bit grey, of its own size), and one that writes the contact sheet."""
-
-    def write_map(source: Path, tensor: NDArray[np.float32], size: tuple[int, int]) -> None:
-        results.write(f"{source.stem}.png", partial(save_map, restore_map(tensor, size)))
-
-    def write_sheet() -> None:
-        sheet = contact_sheet(pixels.images, pixels.sisms, maps, pixels.sizes, group.name)
-        results.write(SHEET, partial(sheet.save, format="JPEG", quality=90))
-
-    return [*(partial(write_map, *one) for one in zip(group.images, maps, pixels.sizes, strict=True)), write_sheet]
+        card = predictor.card
+    if summary.failed and len(groups) > 1:
+        console.print(f"{summary.failed} of {len(groups)} groups failed; mend them and go on with --resume")
+    if summary.failed < len(groups):
+        for line in summary.lines(args.output, args.model, card):
+            print(printable(line))
+    return 2 if summary.failed else 0
 
 
 def open_predictor(model: Path, threads: int | None, banks_only: bool, device: str | None) -> Predictor:

@@ -1,6 +1,9 @@
 """The results of a group on disk, and whether a new run would give the same.
 
 OUTPUT/GROUP/NAME.png            one map per image
+OUTPUT/GROUP/masks/NAME.png      its mask, and
+OUTPUT/GROUP/cutouts/NAME.png    its cut-out, if asked for
+OUTPUT/GROUP/boxes.json          the boxes of all images, if asked for
 OUTPUT/GROUP/contact_sheet.jpg
 OUTPUT/GROUP/icnet.json          the record: what these were made from, and their digests
 
@@ -19,11 +22,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from runtime.commands.outputs import BOXES, FOLDERS, SHEET, Outputs
 from runtime.errors import InputError, OutputError
-from runtime.files import check_outputs, digest, encoded, locked, output_errors, replacing, write_bytes, write_json
+from runtime.files import (
+    check_outputs,
+    digest,
+    encoded,
+    locked,
+    output_errors,
+    replacing,
+    sweep,
+    write_bytes,
+    write_json,
+)
 from runtime.groups import Group
 
-SHEET = "contact_sheet.jpg"
 RECORD = "icnet.json"
 
 
@@ -42,21 +55,25 @@ class GroupResults:
         folder: where they go.
         group: the group.
         models: every file by which the maps are computed, and its digest, under the name of its role.
+        asked: what is written.
 
     Raises:
         InputError: an image or SISM can't be read.
     """
 
-    def __init__(self, folder: Path, group: Group, models: Mapping[str, tuple[Path, str]]) -> None:
+    def __init__(
+        self, folder: Path, group: Group, models: Mapping[str, tuple[Path, str]], asked: Outputs | None = None
+    ) -> None:
+        asked = asked or Outputs()
         self.folder = folder
         self._lock = threading.Lock()
         self._inputs = [*(path for path, _ in models.values()), *group.images, *(group.sisms or ())]
-        names = [*(f"{image.stem}.png" for image in group.images), SHEET]
-        self._digests: dict[str, str | None] = dict.fromkeys(names)
+        self._digests: dict[str, str | None] = dict.fromkeys(asked.all_names(group))
         self._made_from: dict[str, Any] = {
             "models": {role: sha256 for role, (_, sha256) in models.items()},
             "images": {image.name: digest(image) for image in group.images},
             "sisms": "builtin" if group.sisms is None else {sism.name: digest(sism) for sism in group.sisms},
+            **asked.settings(),
         }
 
     def finished(self) -> bool:
@@ -76,7 +93,7 @@ class GroupResults:
             OutputError: the folder holds an input, or files of others under the names of the results; or it can't be
                 read or written to.
         """
-        check_outputs((), self._inputs, [self.folder])
+        check_outputs((), self._inputs, [self.folder / name for name in FOLDERS])
         with output_errors(self.folder / RECORD):
             self.folder.mkdir(parents=True, exist_ok=True)
             with locked(self.folder):
@@ -90,9 +107,11 @@ class GroupResults:
                             f"{self.folder / name}: was not made by icnet predict and would be overwritten; "
                             "move it away or choose another --output"
                         )
-                for name in ours.keys() - self._digests.keys():  # of images that are no longer in the group
+                for name in ours.keys() - self._digests.keys():  # of other images, or not asked for any more
                     if self._holds(name, ours[name]):
                         (self.folder / name).unlink()
+                for name in FOLDERS:  # of a killed run, also where this one writes nothing
+                    sweep(self.folder / name)
                 self._write_record(None, {name: ours[name] for name in self._digests if name in ours})
 
     def write(self, name: str, save: Callable[[BinaryIO], object]) -> None:
@@ -161,9 +180,12 @@ class GroupResults:
 
 
 def _is_result(name: str) -> bool:
-    """Whether a result can have this name: a record with any other name, or with a path, is not ours."""
+    """Whether a result can have this name: a record with any other name, or with another path, is not ours."""
     try:
         os.fsencode(name)  # no lone surrogates
     except ValueError:
         return False
-    return Path(name).name == name and "\0" not in name and (name == SHEET or name.endswith(".png"))
+    folder, _, file = name.rpartition("/")
+    if folder not in FOLDERS or name.startswith("/") or Path(file).name != file or "\0" in file:
+        return False
+    return name in (SHEET, BOXES) or file.endswith(FOLDERS[folder])

@@ -13,9 +13,10 @@ from PIL import Image
 
 from export.to_onnx import write_onnx
 from runtime import Predictor
-from runtime.backends.onnx import OnnxBackend
-from runtime.commands.results import GroupResults
-from runtime.groups import find_groups
+from runtime.backends.onnx import Finished, OnnxBackend
+from runtime.commands.results import GroupResults, _is_result
+from runtime.contract import CARD
+from runtime.groups import SUFFIXES, find_groups
 from runtime.sisms import builtin_sism
 from tests.helpers import BIRDS, random_network
 
@@ -403,3 +404,192 @@ def test_builtin_sisms_mark_what_stands_out():
     assert (sism.shape, sism.dtype, sism.max()) == ((100, 100), np.uint8, 255)
     assert sism[42:58, 42:58].mean() > 3 * sism[:20, :20].mean() + 10
     assert (builtin_sism(np.zeros((50, 50, 3), np.uint8)) == 0).all()
+
+
+ALL = ("--write", "maps,masks,cutouts,boxes")
+ALL_CATS = sorted(
+    [*CATS, "cats/boxes.json", *(f"cats/{folder}/{name}.png" for folder in ("masks", "cutouts") for name in "ab")]
+)
+
+
+@pytest.fixture
+def opencv():
+    pytest.importorskip("cv2")
+
+
+def test_masks_cutouts_and_boxes(icnet, model_file, dataset, tmp_path, opencv):
+    out = tmp_path / "out"
+    turned = Image.open(dataset / "img/cats/a.jpg")
+    exif = turned.getexif()
+    exif[0x0112] = 8
+    turned.save(dataset / "img/cats/a.jpg", exif=exif)
+    code, text, _ = icnet("predict", dataset, "--model", model_file, "--output", out, *ALL, "--level", 0.4)
+    assert code == 0
+    assert [name for name in files(out) if name.startswith("cats")] == ALL_CATS
+    assert "cutouts: " in text
+    sizes = {"a": (40, 60), "b": (60, 40)}
+    boxes = json.loads((out / "cats/boxes.json").read_text())
+    assert set(boxes) == {"info", "licenses", "categories", "images", "annotations"}
+    assert boxes["categories"] == [{"id": 1, "name": "co-salient", "supercategory": "object"}]
+    assert boxes["images"] == [
+        {"id": 1, "file_name": "a.jpg", "width": 40, "height": 60},
+        {"id": 2, "file_name": "b.png", "width": 60, "height": 40},
+    ]
+    assert [one["id"] for one in boxes["annotations"]] == list(range(1, len(boxes["annotations"]) + 1))
+    assert boxes["annotations"]
+    for number, (name, size) in enumerate(sizes.items(), 1):
+        map_, mask, cutout = (Image.open(out / f"cats/{folder}{name}.png") for folder in ("", "masks/", "cutouts/"))
+        assert map_.size == mask.size == cutout.size == size
+        assert (mask.mode, cutout.mode) == ("L", "RGBA")
+        salient = np.asarray(map_) >= 0.4 * 255
+        np.testing.assert_array_equal(np.asarray(mask), salient * np.uint8(255))
+        inside = np.zeros(salient.shape, bool)
+        for one in (one for one in boxes["annotations"] if one["image_id"] == number):
+            assert set(one) == {"id", "image_id", "category_id", "bbox", "area", "iscrowd", "score"}
+            assert (one["category_id"], one["iscrowd"]) == (1, 0)
+            assert 0.4 <= one["score"] <= 1
+            x, y, width, height = one["bbox"]
+            inside[y : y + height, x : x + width] = True
+            assert one["area"] <= salient[y : y + height, x : x + width].sum()
+        assert inside[salient].mean() > 0.95  # components that are too small have no box
+    sheet = Image.open(out / "cats/contact_sheet.jpg")
+    assert sheet.width > 5 * 200  # the cut-outs have a column
+
+
+def test_only_what_is_asked_for_is_written_and_the_rest_of_ours_goes(
+    icnet, model_file, dataset, tmp_path, monkeypatch, opencv
+):
+    out = tmp_path / "out"
+    arguments = (dataset, "--model", model_file, "--output", out)
+    assert predicted(icnet, monkeypatch, *arguments, *ALL)[0] == 0
+    assert predicted(icnet, monkeypatch, *arguments, *ALL, "--resume")[:2] == (0, [])
+    assert predicted(icnet, monkeypatch, *arguments, *ALL, "--level", 0.3, "--resume")[:2] == (0, ["cats", "dogs"])
+    (out / "dogs/cutouts/mine.png").write_bytes(b"mine")
+    masks = ("--write", "masks,cutouts", "--cutout-format", "webp")
+    assert predicted(icnet, monkeypatch, *arguments, *masks, "--resume")[:2] == (0, ["cats", "dogs"])
+    expected = ["contact_sheet.jpg", "cutouts/c.webp", "cutouts/mine.png", "icnet.json", "masks/c.png"]
+    assert files(out / "dogs") == expected
+    assert Image.open(out / "dogs/cutouts/c.webp").mode == "RGBA"
+    (out / "dogs/masks/c.png").write_bytes(b"")
+    assert predicted(icnet, monkeypatch, *arguments, *masks, "--resume")[:2] == (0, ["dogs"])
+
+
+def test_masks_of_others_are_not_overwritten(icnet, model_file, dataset, tmp_path):
+    mine = tmp_path / "out/cats/masks/b.png"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    arguments = ("predict", dataset, "--model", model_file, "--output", tmp_path / "out", "--write", "masks")
+    code, _, err = icnet(*arguments)
+    assert code == 2
+    assert "masks/b.png: was not made by icnet predict" in err
+    assert mine.read_bytes() == b"mine"
+    assert files(tmp_path / "out/cats") == ["masks/b.png"]
+
+
+def test_inputs_may_not_lie_where_cutouts_go(icnet, model_file, image_folder, tmp_path):
+    folder = image_folder("out/masks/masks", "a.jpg")
+    code, _, err = icnet("predict", folder, "--model", model_file, *BUILTIN, "--output", tmp_path / "out")
+    assert code == 2
+    assert "holds a.jpg, an input of this run" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("a.png", True), ("masks/a.png", True), ("cutouts/a.webp", True), ("boxes.json", True), ("..png", True),
+        ("contact_sheet.jpg", True), ("masks/..png", True),
+        ("masks/../a.png", False), ("../a.png", False), ("/a.png", False), ("/masks/a.png", False), ("a.webp", False),
+        ("masks/a.webp", False), ("masks/contact_sheet.jpg", False), ("other/a.png", False), ("masks//a.png", False),
+        ("masks/masks/a.png", False), ("./a.png", False), ("masks/boxes.json", False), ("masks/", False), ("", False),
+        ("a.png\0", False), ("masks/\0.png", False), ("icnet.json", False), ("..", False),
+    ],
+)  # fmt: skip
+def test_names_that_a_record_can_have(name, ours):
+    assert _is_result(name) == ours
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--write", "maps,mask"), "argument --write: expected some of maps, masks, cutouts, boxes, got 'mask'"),
+        (("--write", ""), "argument --write: expected some of"),
+        (("--level", "1.5"), "argument --level: expected a number from 0 to 1, got '1.5'"),
+        (("--write", "cutouts", "--cutout-format", "jpg"), "'jpg' has no alpha channel, or is unknown; cut-outs are"),
+        (("--cutout-format", "webp"), "--cutout-format webp: no cut-outs are written; add cutouts to --write"),
+    ],
+)
+def test_outputs_that_can_not_be(icnet, model_file, dataset, tmp_path, arguments, message):
+    code, _, err = icnet("predict", dataset, "--model", model_file, "--output", tmp_path / "out", *arguments)
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_cutouts_without_opencv(icnet, model_file, dataset, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    arguments = ("predict", dataset, "--model", model_file, "--output", tmp_path / "out", "--write")
+    code, _, err = icnet(*arguments, "masks,cutouts")
+    assert code == 2
+    assert "--write cutouts need OpenCV with its contrib modules: pip install" in err
+    assert not (tmp_path / "out").exists()
+    assert icnet(*arguments, "maps,masks")[0] == 0
+
+
+def test_the_summary_names_maps_that_are_nearly_empty_or_full(icnet, model_file, dataset, tmp_path, monkeypatch):
+    values = []
+
+    def submit(backend, images, sisms, last=False):
+        return Finished(np.stack([np.full((224, 224), values.pop(0), np.float32) for _ in images]))
+
+    monkeypatch.setattr(OnnxBackend, "submit", submit)
+    values += [0.0, 1.0, 0.3]
+    arguments = ("predict", dataset, "--model", model_file, "--output", tmp_path / "out")
+    code, text, _ = icnet(*arguments)
+    assert code == 0
+    lines = text.splitlines()
+    assert lines[0] == "2 groups, 3 images"
+    assert "nearly empty, fewer than 0.1% of the pixels reach 0.5: 2 maps: cats/a, dogs/c" in lines
+    assert "nearly full, more than 95% of the pixels reach 0.5: 1 map: cats/b" in lines
+    values += [0.0, 1.0, 0.3]
+    text = icnet(*arguments, "--level", 0.2)[1]
+    assert "nearly full, more than 95% of the pixels reach 0.2: 2 maps: cats/b, dogs/c" in text.splitlines()
+
+
+def test_the_summary_says_what_was_passed_over(icnet, model_file, dataset, tmp_path, monkeypatch):
+    for name in ("IMG_1.HEIC", "IMG_2.heic", "notes.txt", "._IMG_1.HEIC"):
+        (dataset / "img/cats" / name).touch()
+    (dataset / "img/cats/.hidden").mkdir()
+    monkeypatch.setattr("runtime.groups.suffixes", lambda: frozenset(SUFFIXES))
+    code, text, _ = icnet("predict", dataset, "--model", model_file, "--output", tmp_path / "out")
+    assert code == 0
+    expected = (
+        "passed over, no image by its suffix: 3 files (.heic 2, .txt 1): IMG_1.HEIC, IMG_2.heic, notes.txt; "
+        "to read HEIC and HEIF: pip install"
+    )
+    assert any(line.startswith(expected) and "[heif]" in line for line in text.splitlines()), text
+    for file in (dataset / "img/cats").glob("?.*"):
+        file.unlink()
+    _, _, err = icnet("predict", dataset / "img/cats", *BUILTIN, "--model", model_file, "--output", tmp_path / "o")
+    assert "cats: no images in it" in err
+    assert "[heif]" in err
+
+
+def test_heic_files_are_images_where_they_can_be_read(icnet, model_file, image_folder, tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed")
+    folder = image_folder("phone", "a.jpg")
+    pillow_heif.from_pillow(Image.new("RGB", (64, 48), (200, 10, 10))).save(folder / "b.HEIC")
+    code, text, _ = icnet("predict", folder, "--model", model_file, *BUILTIN, "--output", tmp_path / "out")
+    assert code == 0
+    assert "passed over" not in text
+    assert Image.open(tmp_path / "out/phone/b.png").size == (64, 48)
+    (folder / "c.heic").write_bytes((folder / "b.HEIC").read_bytes()[:-200])
+    _, _, err = icnet("predict", folder, "--model", model_file, *BUILTIN, "--output", tmp_path / "out")
+    assert "c.heic: " in err
+
+
+def test_what_the_checkpoint_is_for_is_said(icnet, dataset, tmp_path):
+    model = tmp_path / "x.onnx"
+    write_onnx(random_network(1 / 32), model, provenance={CARD: "drawings, a\n demo\x1b"})
+    code, text, _ = icnet("predict", dataset, "--model", model, "--output", tmp_path / "out")
+    assert code == 0
+    assert text.splitlines()[-1] == "x.onnx is for: drawings, a\\n demo\\x1b"
