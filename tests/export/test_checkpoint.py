@@ -4,10 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from export.checkpoint import load_backbone, load_checkpoint, read_checkpoint, save_checkpoint, weights_digest
+from export.checkpoint import (
+    load_backbone,
+    load_checkpoint,
+    read_card,
+    read_checkpoint,
+    save_checkpoint,
+    weights_digest,
+)
 from export.icnet import ICNet
 from runtime import CheckpointError, OutputError
-from runtime.contract import WEIGHTS
+from runtime.contract import CARD, WEIGHTS
 from tests.helpers import flipped, random_network
 
 
@@ -195,3 +202,17 @@ def test_the_digest_is_that_of_the_weights_in_fp32_however_they_are_stored(tmp_p
             module.half()
     save_checkpoint(tmp_path / "x.pth", network)
     assert read_checkpoint(tmp_path / "x.pth")[WEIGHTS] == weights_digest(load_checkpoint(tmp_path / "x.pth"))
+
+
+def test_what_a_checkpoint_is_for(tmp_path):
+    path, network = tmp_path / "x.pth", random_network(1 / 32)
+    for card in ("drawings, a demo", None):
+        save_checkpoint(path, network, card=card)
+        assert read_card(path) == card
+    save_checkpoint(path, network, card="two\nlines \x1b[1m" + "long" * 999)  # anybody may have written it
+    found = read_card(path)
+    assert found is not None
+    assert len(found) == 200
+    assert found.isprintable()
+    torch.save(read_checkpoint(path) | {CARD: 5}, path)
+    assert read_card(path) is None

@@ -15,7 +15,7 @@ from export.onnx_file import save_model
 from export.to_mnn import build_mnn, convert, sample_calls
 from runtime import DependencyError, ICNetError, ModelError, Predictor
 from runtime.backends.mnn import MnnBackend
-from runtime.contract import FILE_DIGEST, INTERFACES, WEIGHTS
+from runtime.contract import CARD, FILE_DIGEST, INTERFACES, WEIGHTS
 from runtime.errors import how_to_install
 from runtime.files import bank_files, digest
 from tests.helpers import convert_to_mnn, damage
@@ -93,7 +93,10 @@ def test_a_file_knows_its_network(exports, mnn_exports, tmp_path):
     for notes in ("", "[1]", json.dumps({"onnx_metadata": {WEIGHTS: 5}})):
         convert(path, onnx.load(exports), path, notes, [])
         assert MnnBackend(path).weights_digest is None
-    convert(path, onnx.load(exports), path, json.dumps({"onnx_metadata": {WEIGHTS: "0" * 64}}), [])
+        assert MnnBackend(path).card is None
+    convert(path, onnx.load(exports), path, json.dumps({"onnx_metadata": {WEIGHTS: "0" * 64, CARD: "drawings"}}), [])
+    with Predictor(path) as predictor:
+        assert predictor.card == "drawings"
     with pytest.raises(ModelError, match="of another network than"):
         Predictor(path, bank_export=bank_files(exports))
 

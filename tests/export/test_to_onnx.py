@@ -216,7 +216,7 @@ def test_icnet_export(icnet, checkpoint, tmp_path, io, precision):
 
 
 def test_icnet_export_of_banks_and_packs(icnet, tmp_path):
-    save_checkpoint(tmp_path / "icnet.pth", random_network(1 / 32))
+    save_checkpoint(tmp_path / "icnet.pth", random_network(1 / 32), card="drawings, a demo")
     arguments = ("--checkpoint", tmp_path / "icnet.pth", "--output", tmp_path / "new" / "icnet.onnx")
     code, out, _ = icnet("export", *arguments, "--banked", "--precision", "fp16")
     assert code == 0
@@ -227,6 +227,7 @@ def test_icnet_export_of_banks_and_packs(icnet, tmp_path):
     notes = [{p.key: p.value for p in onnx.load(file).metadata_props} for file in files]
     assert [n["precision"] for n in notes] == ["fp32", "fp16", "fp16"]
     assert len({n["weights_sha256"] for n in notes}) == 1  # one network, whatever the precision
+    assert [n["icnet_card"] for n in notes] == ["drawings, a demo"] * 3
     inputs = [[value.name for value in onnx.load(file).graph.input] for file in files]
     assert inputs == [["images", "sisms", "groups"], ["images", "sisms"], ["images", "sisms", "bank"]]
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from runtime.files import bank_files
 from tests.faults.damage import HOSTILE_TEXTS, damaged, hostile_json, hostile_name, hostile_text, picture
-from tests.faults.lab import GROUPS, Case, Kind, Lab, command, same_tree, settle, tree, without_privileges
+from tests.faults.lab import EVERYTHING, GROUPS, Case, Kind, Lab, command, same_tree, settle, tree, without_privileges
 
 RECORD = "icnet.json"
 PRECIOUS = b"precious"
@@ -244,6 +244,8 @@ def resume(lab: Lab, case: Case) -> None:
     shutil.copy(lab.bank, bank)
     argv = ["predict", data, "-m", models / lab.models[_mode(mode)].name, "-t", "1"]
     argv += ["--pack"] * (mode == "packed") + (["--bank", bank] if mode == "bank" else [])
+    everything = case.rng.random() < 0.5
+    argv += ["--write", EVERYTHING] * everything
     out, fresh = case.folder / "out", case.folder / "fresh"
     assert settle(command(*argv, "-o", out))
     image = data / "img/cow/00.png"
@@ -271,8 +273,15 @@ def resume(lab: Lab, case: Case) -> None:
         "model rewritten": lambda: [shutil.copy(models / f, models / f"{f}.tmp").replace(models / f) for f in files],
         "nothing": lambda: None,
     }
+    if everything:
+        changes |= {
+            "cut-out truncated": lambda: os.truncate(out / "cow/cutouts/00.png", 100),
+            "mask removed": lambda: (out / "bee/masks/01.png").unlink(),
+            "boxes edited": lambda: (out / "bee/boxes.json").write_text("{}"),
+            "masks not asked for": lambda: argv.__setitem__(argv.index(EVERYTHING), "maps,cutouts"),
+        }
     what = case.one_of(changes)
-    case.tried += f"{mode}: {what}; "
+    case.tried += f"{mode}{', everything' * everything}: {what}; "
     changes[what]()
     times = {name: (out / name).stat().st_mtime_ns for name in tree(out)}
     done = command(*argv, "-o", out, "--resume")

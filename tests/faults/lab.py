@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 DRIVER = Path(__file__).with_name("driver.py")
 GROUPS = {"ant": 1, "bee": 3, "cow": 2, "dog": 4, "elk": 2, "fox": 1}  # images per group
 LARGE = 34  # images: more than go into one chunk
+EVERYTHING = "maps,masks,cutouts,boxes"  # that icnet predict writes
 TIME_OUT = 30  # seconds that a process or call may take; far from what it does take
 UNPRIVILEGED = 65534  # permissions do not hold for root, so cases about them run as nobody
 SETTLED = re.compile(r"icnet( [a-z]+)*: ((error|warning): \S|stopped)|\d+ of \d+ groups failed")
@@ -167,17 +168,18 @@ class Lab:
         return sorted((self.data / "sism" / group).iterdir())
 
     def arguments(self, mode: str) -> list[str]:
-        """The command line of a mode, but for its output: plain, packed, chunked, bank, make-bank or export."""
+        """The command line of a mode, but for its output: one of `runs.PREDICTS`, make-bank or export."""
         if mode == "export":
             return ["export", "--checkpoint", str(self.checkpoint)]
         if mode == "make-bank":
             return ["bank", str(self.data / "img/dog"), "-s", str(self.data / "sism/dog"), *self._model("bank")]
         data = self.large if mode == "chunked" else self.data
-        more = {"packed": ["--pack"], "bank": ["--bank", str(self.bank)] if mode == "bank" else []}.get(mode, [])
+        more = {"packed": ["--pack"], "outputs": ["--write", EVERYTHING]}.get(mode, [])
+        more = ["--bank", str(self.bank)] if mode == "bank" else more
         return ["predict", str(data), *self._model(mode), *more]
 
     def _model(self, mode: str) -> list[str]:
-        return ["-m", str(self.models[mode]), "-t", "1"]
+        return ["-m", str(self.models["plain" if mode == "outputs" else mode]), "-t", "1"]
 
     def output(self, mode: str, folder: Path) -> Path:
         """What a mode is told to write, in a folder."""

@@ -536,6 +536,11 @@ def test_a_sidecar_is_not_needed_but_must_fit(gpu, engine):
     sidecar = engine.with_name("icnet.engine.json")
     sidecar.write_text(json.dumps({"engine_sha256": hashlib.sha256(engine.read_bytes()).hexdigest()}))
     Predictor(engine).close()
+    right = json.loads(sidecar.read_text())
+    for notes, card in ((None, None), ({"icnet_card": "drawings, a demo"}, "drawings, a demo")):
+        sidecar.write_text(json.dumps(right | {"onnx_metadata": notes}))
+        with Predictor(engine) as predictor:
+            assert predictor.card == card
     sidecar.write_text(json.dumps({"engine_sha256": "0" * 64}))
     with pytest.raises(ModelError, match=r"icnet\.engine: is not the engine that icnet\.engine\.json describes"):
         Predictor(engine)

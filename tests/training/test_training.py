@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import training.train
-from export.checkpoint import load_backbone, load_checkpoint, read_checkpoint, save_checkpoint
+from export.checkpoint import load_backbone, load_checkpoint, read_card, read_checkpoint, save_checkpoint
 from export.icnet import MEAN, STD, ICNet
 from export.to_onnx import write_onnx
 from runtime import InputError, Predictor
@@ -222,8 +222,10 @@ def test_training_learns_and_its_result_is_exported(icnet, material, tmp_path):
         "--corrupted", 0, "--output", data,
     )[0] == 0  # fmt: skip
     options = ["--data", data, *SMALL, "--lr", 3e-3, "--epochs", 40]
-    code, out, err = icnet("train", *options, "--output", output, "--weights", weights)
+    card = "white shapes, a test"
+    code, out, err = icnet("train", *options, "--output", output, "--weights", weights, "--card", card)
     assert (code, err) == (0, "")
+    assert read_card(output) == read_card(weights) == card
     losses = read_checkpoint(output)["training"]["losses"]
     assert len(losses) == 40
     assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.1
@@ -255,9 +257,10 @@ def test_an_interrupted_training_goes_on_bit_exactly(icnet, pasted, tmp_path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(training.train, "_step", interrupted_step)
-        assert icnet("train", *options, "--output", tmp_path / "parts.pth")[0] == 130
+        assert icnet("train", *options, "--output", tmp_path / "parts.pth", "--card", "shapes")[0] == 130
     assert len(read_checkpoint(tmp_path / "parts.pth")["training"]["losses"]) == 3
     assert icnet("train", *options, "--output", tmp_path / "parts.pth", "--resume")[0] == 0
+    assert read_card(tmp_path / "parts.pth") == "shapes"  # it need not be given again
     whole, parts = (read_checkpoint(tmp_path / f"{name}.pth") for name in ("whole", "parts"))
     assert whole["training"] == parts["training"]
     assert all(torch.equal(t, parts["state_dict"][name]) for name, t in whole["state_dict"].items())

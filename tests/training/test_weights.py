@@ -8,7 +8,7 @@ import torch
 
 from evaluation.dataset import evaluate, find_dataset
 from evaluation.metrics import Metrics
-from export.checkpoint import load_checkpoint, read_checkpoint, weights_digest
+from export.checkpoint import load_checkpoint, read_card, read_checkpoint, weights_digest
 from export.fp16 import half_precision
 from export.icnet import Uint8Interface
 from export.samples import smooth_group
@@ -43,6 +43,10 @@ def test_it_is_small():
 
 def test_it_has_the_digest_of_its_weights():
     assert read_checkpoint(CHECKPOINT)[DIGEST] == weights_digest(load_checkpoint(CHECKPOINT))
+
+
+def test_it_says_what_it_is_for():
+    assert "drawings" in (read_card(CHECKPOINT) or "")
 
 
 def test_its_maps_are_better_than_the_sisms_that_it_is_given(scores):
