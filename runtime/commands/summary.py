@@ -47,8 +47,8 @@ class Summary:
         folder = output / (self._groups[0].name if len(self._groups) == 1 else "GROUP")
         suffix = self._asked.cutout_format
         places = {"maps": "*.png", "masks": "masks/*.png", "cutouts": f"cutouts/*.{suffix}", "boxes": BOXES}
-        written = [f"{kind}: {folder / place}" for kind, place in places.items() if kind in self._asked.kinds]
-        lines.append(", ".join([*written, f"to look at: {folder / SHEET}"]))
+        lines += [f"{kind}: {folder / place}" for kind, place in places.items() if kind in self._asked.kinds]
+        lines.append(f"to look at: {folder / SHEET}")
         level = f"{self._asked.counted_from:g}"
         if empty := [one.name for one in self._maps if one.share < NEARLY_EMPTY]:
             what = f"fewer than {NEARLY_EMPTY:.1%} of the pixels reach {level}"
