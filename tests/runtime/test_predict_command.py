@@ -515,13 +515,22 @@ def test_names_that_a_record_can_have(name, ours):
         (("--write", ""), "argument --write: expected some of"),
         (("--level", "1.5"), "argument --level: expected a number from 0 to 1, got '1.5'"),
         (("--write", "cutouts", "--cutout-format", "jpg"), "'jpg' has no alpha channel, or is unknown; cut-outs are"),
-        (("--cutout-format", "webp"), "--cutout-format webp: no cut-outs are written; add cutouts to --write"),
     ],
 )
-def test_outputs_that_can_not_be(icnet, model_file, dataset, tmp_path, arguments, message):
-    code, _, err = icnet("predict", dataset, "--model", model_file, "--output", tmp_path / "out", *arguments)
-    assert code == 2
+def test_outputs_that_can_not_be(icnet, capsys, tmp_path, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        icnet("predict", tmp_path, "--model", "x.onnx", "--output", tmp_path / "out", *arguments)
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
     assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_format_of_cutouts_that_are_not_written(icnet, model_file, dataset, tmp_path):
+    arguments = ("predict", dataset, "--model", model_file, "--output", tmp_path / "out", "--cutout-format", "webp")
+    code, _, err = icnet(*arguments)
+    assert code == 2
+    assert "--cutout-format webp: no cut-outs are written; add cutouts to --write" in err
     assert not (tmp_path / "out").exists()
 
 
