@@ -204,10 +204,9 @@ def _grey(map_: Map) -> NDArray[np.uint8]:
     """A map in 8 bits, rounded as in its file."""
     if isinstance(map_, np.ndarray) and map_.ndim == 2 and map_.size:
         if map_.dtype == np.uint8:
-            return map_
+            return map_.astype(np.uint8, copy=False)
         if map_.dtype.kind == "f" and map_.min() >= 0 and map_.max() <= 1:  # both are false of NaN
-            grey: NDArray[np.uint8] = np.rint(map_ * 255).astype(np.uint8)
-            return grey
+            return np.rint(map_ * 255).astype(np.uint8)
     raise InputError(f"map: expected float [H, W] in [0, 1] or uint8 [H, W], got {_kind(map_)}")
 
 

@@ -97,6 +97,9 @@ class GroupResults:
         with output_errors(self.folder / RECORD):
             self.folder.mkdir(parents=True, exist_ok=True)
             with locked(self.folder):
+                for path in (self.folder / name for name in FOLDERS if name):
+                    if path.is_symlink():  # a record can't vouch for files that lie elsewhere
+                        raise OutputError(f"{path}: is a link; remove it or choose another --output")
                 # Looked for before the record is read: another run adds a result to the record before it is there.
                 there = [name for name in (*self._digests, RECORD) if os.path.lexists(self.folder / name)]
                 record = self._record()

@@ -486,6 +486,22 @@ def test_masks_of_others_are_not_overwritten(icnet, model_file, dataset, tmp_pat
     assert files(tmp_path / "out/cats") == ["masks/b.png"]
 
 
+def test_a_link_in_place_of_a_folder_of_results_is_refused(icnet, model_file, dataset, tmp_path):
+    """A planted record can't have files deleted that lie elsewhere."""
+    mine = tmp_path / "mine/a.png"
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine")
+    out = tmp_path / "out/cats"
+    out.mkdir(parents=True)
+    (out / "masks").symlink_to(mine.parent)
+    files = {"masks/a.png": sha256(b"mine").hexdigest()}
+    (out / "icnet.json").write_text(json.dumps({"made_from": None, "files": files}))
+    code, _, err = icnet("predict", dataset, "--model", model_file, "--output", tmp_path / "out")
+    assert code == 2
+    assert "cats/masks: is a link; remove it or choose another --output" in err
+    assert mine.read_bytes() == b"mine"
+
+
 def test_inputs_may_not_lie_where_cutouts_go(icnet, model_file, image_folder, tmp_path):
     folder = image_folder("out/masks/masks", "a.jpg")
     code, _, err = icnet("predict", folder, "--model", model_file, *BUILTIN, "--output", tmp_path / "out")
