@@ -13,8 +13,8 @@ from runtime.preprocess import ImageSource, rgb_image
 
 MIN_LEVEL = 0.1  # of Otsu's: a map that is dark everywhere has an empty mask, not a mask of its noise
 MIN_AREA = 0.001  # of the image: smaller components get no box
-# Of the guided filter. Of radii 1 to 6 and ε from 1e-6 to 3e-2 these gave the best edges to maps whose edges had been
-# displaced, without costing those that were right.
+# Of the guided filter: a compromise. On coarse maps with displaced or dilated edges the error falls by a fifth or more;
+# on coarse maps with edges in the right place it is a fifth above that of more contrast alone. Larger radii move both.
 RADIUS = 2  # pixels of the network's map
 SMOOTHNESS = 1e-2  # ε: variance of colours in [0, 1] that counts as flat
 TAIL = 0.3  # the filter blurs: what is below this becomes 0, what is this near to 1 becomes 1
