@@ -1,5 +1,6 @@
 """The command `icnet`: it imports the one module that a command needs, and runs it."""
 
+import _thread
 import argparse
 import importlib
 import importlib.util
@@ -8,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,10 +46,6 @@ COMMANDS = {
 FAMILIES = {"bench": "speed and memory on this machine", "data": "groups made by cut and paste, and what they need"}
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came: everything that cleans up on Ctrl-C does so for it."""
-
-
 class Parser(argparse.ArgumentParser):
     """A parser whose errors take one line."""
 
@@ -67,17 +65,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     name = next((name for name in (" ".join(words[:2]), *words[:1]) if name in COMMANDS), None)
     prog = f"icnet {name}" if name else "icnet"
-    try:
-        with _sigterm_like_ctrl_c() as received:
-            code = _run(prog, name, words)
-            return 128 + signal.SIGTERM if received and code == 128 + signal.SIGINT else code  # what it had was kept
-    except KeyboardInterrupt as stopped:
+    with _signals() as received:
+        try:
+            code = _run(prog, name, words, received)
+            return 128 + received[0] if received and code in (2, 128 + signal.SIGINT) else code  # what it had was kept
+        except KeyboardInterrupt:
+            pass
+        except Exception:
+            if not received:
+                raise
         print(f"\n{prog}: stopped", file=sys.stderr)
-        return 128 + (signal.SIGTERM if isinstance(stopped, Terminated) else signal.SIGINT)
+        return 128 + (received[0] if received else signal.SIGINT)
 
 
-def _run(prog: str, name: str | None, words: list[str]) -> int:
-    """Run a command, or without a name answer what has none; returns the exit code."""
+def _run(prog: str, name: str | None, words: list[str], received: list[int]) -> int:
+    """Run a command, or without a name answer what has none; returns the exit code.
+
+    Raises:
+        KeyboardInterrupt: a signal was `received`, whatever error was made of it.
+    """
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is no reason to fail
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -101,30 +107,49 @@ def _run(prog: str, name: str | None, words: list[str]) -> int:
         silence_libtiff()
         return int(module.run(options))
     except (ICNetError, OSError, MemoryError) as error:  # the system's errors carry what they are about
+        if received:  # an extension module whose import it ended says that it can't be imported
+            raise KeyboardInterrupt from error
         return _failed(prog, str(error) or "out of memory")
 
 
 @contextmanager
-def _sigterm_like_ctrl_c() -> Iterator[list[int]]:
-    """Raise `Terminated` on SIGTERM, so that temporary files are deleted; not where SIGTERM is handled or ignored.
+def _signals() -> Iterator[list[int]]:
+    """Raise KeyboardInterrupt on SIGTERM as on Ctrl-C, so that temporary files are deleted; yields the signals so far.
 
-    Yields a list that gets an entry then.
+    A signal that is ignored, or that the caller of `main` handles, stays so. Where Python drops exceptions (finalizers,
+    callbacks of weak references) the signal is raised again, behind them.
     """
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # the only one that may set handlers
+        yield received
+        return
 
     def stop(number: int, _: object) -> None:
         received.append(number)
-        raise Terminated
+        raise KeyboardInterrupt
 
-    main_thread = threading.current_thread() is threading.main_thread()  # the only one that may set handlers
-    if not main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield received
-        return
-    signal.signal(signal.SIGTERM, stop)
+    def dropped(what: "sys.UnraisableHookArgs") -> None:
+        if received and issubclass(what.exc_type, KeyboardInterrupt):
+            _thread.start_new_thread(raise_again, ())
+        else:
+            hook(what)
+
+    def raise_again() -> None:
+        time.sleep(0.1)  # in `dropped` it would be dropped too
+        if sys.unraisablehook is dropped:  # the command has not ended meanwhile
+            _thread.interrupt_main(received[-1])
+
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: handler for number, handler in defaults.items() if signal.getsignal(number) == handler}
+    hook, sys.unraisablehook = sys.unraisablehook, dropped
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield received
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        sys.unraisablehook = hook
 
 
 def shadowed(*packages: str) -> str | None:

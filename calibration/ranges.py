@@ -6,6 +6,7 @@ at a time; ONNX Runtime's own calibrators keep the activations of all.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,8 +133,12 @@ def read_cache(path: Path, key: dict[str, str]) -> tuple[Ranges | None, str]:
     if not path.exists():
         return None, "there is none yet"
     try:
+        if not path.is_file():  # reading a pipe would wait for ever
+            raise ValueError("not a regular file")
         content = json.loads(path.read_text(encoding="utf-8"))
         found, ranges = content["key"], {str(name): float(limit) for name, limit in content["ranges"].items()}
+        if not all(0 <= limit < math.inf for limit in ranges.values()):
+            raise ValueError("limits that are none")
     except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError):
         return None, "it is not a calibration cache"
     changed = [what for what in key if found.get(what) != key[what]]

@@ -125,6 +125,8 @@ def read_precision_plan(path: Path, model: ExportedModel) -> list[str]:
         InputError: not a precision plan, or a plan for a network with other layers.
     """
     try:
+        if not path.is_file():  # reading a pipe would wait for ever
+            raise ValueError("not a regular file")
         layers = json.loads(path.read_text(encoding="utf-8"))["float_layers"]
         if not isinstance(layers, list):
             raise TypeError("float_layers is no list")

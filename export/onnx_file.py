@@ -78,6 +78,8 @@ def read_bytes(path: Path) -> bytes:
         ModelError: it can't be read, or is damaged.
     """
     try:
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+            raise ModelError(f"{path}: not a model file")
         data = path.read_bytes()
     except FileNotFoundError as error:
         raise ModelError(f"{path}: no such file") from error

@@ -69,7 +69,8 @@ def cancelled_by_signals(monitor: Any) -> Iterator[None]:
         monitor.cancelled = True
         received.append(number)
 
-    before = {number: signal.signal(number, cancel) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, cancel) for number in numbers}
     try:
         yield
     finally:

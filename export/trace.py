@@ -15,6 +15,7 @@ from runtime.contract import WEIGHTS, TensorSpec
 from runtime.files import digest
 
 OPSET = 18
+STACK_TRACE = "pkg.torch.onnx.stack_trace"  # a note that the exporter leaves with each node
 
 
 def trace(
@@ -54,6 +55,10 @@ def trace(
         )
     assert program is not None  # only the old exporter returns None
     model = program.model_proto
+    for node in model.graph.node:  # where the sources lie is nobody's business, and would make equal files differ
+        kept = [prop for prop in node.metadata_props if prop.key != STACK_TRACE]
+        del node.metadata_props[:]
+        node.metadata_props.extend(kept)
     onnx.helper.set_model_props(model, provenance)
     save_model(model, path)
     return model

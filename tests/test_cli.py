@@ -268,3 +268,46 @@ icnet_cli._load = lambda *_: types.SimpleNamespace(add_arguments=lambda parser: 
 sys.exit(icnet_cli.main(["predict"]))
 """
     assert python(code).returncode == expected
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_while_an_extension_module_is_imported(number, expected, model_file, image_folder, tmp_path):
+    """Their imports turn every exception into an ImportError, as pybind11 and NumPy's C API do."""
+    code = f"""
+import signal, sys
+class Extension:
+    def find_spec(self, name, path=None, target=None):
+        if name == "onnxruntime":
+            try:
+                signal.raise_signal({int(number)})
+            except KeyboardInterrupt as error:
+                raise ImportError("initialization failed") from error
+sys.meta_path.insert(0, Extension())
+import icnet_cli
+sys.exit(icnet_cli.main(sys.argv[1:]))
+"""
+    words = ("predict", image_folder("cats", "a.jpg"), "-m", model_file, "-s", "builtin", "-o", tmp_path / "out")
+    done = python(code, *words)
+    assert (done.returncode, done.stdout, done.stderr) == (expected, "", "\nicnet predict: stopped\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_where_python_drops_exceptions(number, expected):
+    code = f"""
+import signal, sys, time, types
+import icnet_cli
+class Finalized:
+    def __del__(self):
+        signal.raise_signal({int(number)})
+def run(args):
+    Finalized()
+    for _ in range(100):
+        time.sleep(0.01)
+    return 0
+icnet_cli._load = lambda *_: types.SimpleNamespace(add_arguments=lambda parser: None, run=run)
+sys.exit(icnet_cli.main(["predict"]))
+"""
+    done = python(code)
+    assert (done.returncode, done.stdout, done.stderr) == (expected, "", "\nicnet predict: stopped\n")

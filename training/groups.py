@@ -1,7 +1,11 @@
 """`icnet data paste`: a data set of groups made by cut and paste; and the options by which such groups are made."""
 
 import argparse
-from collections.abc import Callable
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +15,8 @@ from rich.console import Console
 from rich.progress import track
 
 from runtime.commands.options import number, share
-from runtime.errors import DependencyError, InputError, how_to_install
-from runtime.files import replacing, write_picture
+from runtime.errors import DependencyError, InputError, OutputError, how_to_install
+from runtime.files import output_errors, replacing, write_picture
 
 if TYPE_CHECKING:
     from training.paste import CutPaste, Group
@@ -86,12 +90,38 @@ def run(args: argparse.Namespace) -> int:
     classes = args.classes or [None] * args.groups
     console = Console(stderr=True)
     progress = partial(track, description="pasting", console=console, transient=True, disable=not console.is_terminal)
-    for i, name in enumerate(progress(classes)):
-        group = maker.nth(args.seed, i, args.images, tuple(args.distractors), args.corrupted, name=name)
-        turn = 0 if name else i // len(maker.names)
-        _write(group, args.output, f"{group.name}-{turn + 1}" if turn else group.name)
+    with _whole(args.output) as folder:
+        for i, name in enumerate(progress(classes)):
+            group = maker.nth(args.seed, i, args.images, tuple(args.distractors), args.corrupted, name=name)
+            turn = 0 if name else i // len(maker.names)
+            _write(group, folder, f"{group.name}-{turn + 1}" if turn else group.name)
     print(f"{len(classes)} groups of {args.images} in {args.output}")
     return 0
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside `folder` to write to: renamed to it if the block ends well, deleted if it does not.
+
+    What a killed run left there is deleted first.
+
+    Raises:
+        OutputError: it can't be made, or another run is writing to it.
+    """
+    unfinished = Path(os.path.realpath(folder.with_name(f".{folder.name}.unfinished")))
+    with output_errors(folder), ExitStack() as stack:
+        unfinished.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(unfinished, os.O_RDONLY | os.O_DIRECTORY)
+        stack.callback(os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(f"{folder}: another run is writing it") from error
+        stack.callback(shutil.rmtree, unfinished, ignore_errors=True)
+        for left in unfinished.iterdir():
+            shutil.rmtree(left)
+        yield unfinished
+        unfinished.rename(folder)
 
 
 def _write(group: "Group", folder: Path, name: str) -> None:

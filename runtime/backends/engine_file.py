@@ -14,7 +14,7 @@ import numpy as np
 from runtime.backends.cuda_driver import unfit
 from runtime.contract import ENGINE_NAME, ExportKind, Interface, TensorSpec, card_of, check_contract
 from runtime.errors import DependencyError, ModelError, OutputError
-from runtime.files import replacing
+from runtime.files import check_model_file, replacing
 from runtime.tensorrt_library import NAMES, Log, load, log_of, not_installed
 
 logger = logging.getLogger(__name__)
@@ -103,6 +103,7 @@ def read_engine(path: Path) -> tuple[bytes, str | None]:
     Raises:
         ModelError: it can't be read, or the sidecar is another's.
     """
+    check_model_file(path)  # reading a pipe would wait for ever
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -196,7 +197,7 @@ class KernelCache:
         self._path = path.with_name(path.name + ".kernels")
         self.cache: Any = engine.create_runtime_config().create_runtime_cache()
         try:
-            self._saved = self._path.read_bytes()
+            self._saved = self._path.read_bytes() if self._path.is_file() else b""
         except OSError:  # there is none yet
             self._saved = b""
         if self._saved and not self.cache.deserialize(self._saved):

@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from calibration import ranges as ranges_module
 from calibration.graph import ExportedModel
 from calibration.groups import open_groups, read
-from calibration.ranges import METHODS, collect, histogram
+from calibration.ranges import METHODS, collect, histogram, read_cache, write_cache
 from export.onnx_file import cpu_session, save_model
 from export.samples import smooth_group
 from runtime import ModelError, Predictor
@@ -136,3 +136,9 @@ def test_the_cache_is_used_for_the_same_model_groups_and_method_only(icnet, narr
     cache.write_text("[]")
     assert "not a calibration cache" in icnet("calibrate", *other)[1]
     assert set(json.loads(cache.read_text())) == {"key", "ranges"}
+
+
+@pytest.mark.parametrize("limit", [float("inf"), float("nan"), -1.0])
+def test_a_cache_with_limits_that_are_none_is_not_used(limit, tmp_path):
+    write_cache(tmp_path / "cache.json", {}, {"a": 1.0, "b": limit})
+    assert read_cache(tmp_path / "cache.json", {}) == (None, "it is not a calibration cache")

@@ -103,6 +103,7 @@ def test_the_file_explains_itself(exported):
     assert notes == {"precision": precision}
     assert not any(i.external_data for i in model.graph.initializer)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert b"icnet.py" not in path.read_bytes()  # nor where the sources lie: the same export elsewhere is the same file
 
 
 def test_it_computes_what_the_paper_computes(exported, intra):

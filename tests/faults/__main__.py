@@ -96,6 +96,11 @@ def make_exports(folder: Path) -> tuple[Path, Path]:
 
 def child(args: argparse.Namespace) -> int:
     """Run cases of one kind, a line of JSON for each: [seed, failure, seconds]."""
+    import torch
+
+    from tests.export_cache import ExportCache
+
+    torch.onnx.export = ExportCache(torch.onnx.export)  # as in driver.py
     with tempfile.TemporaryDirectory(prefix="lab-", dir=args.exports) as folder:
         Path(folder).chmod(0o755)
         found = [args.exports / f"exports{i}/icnet.onnx" for i in range(2)]
@@ -157,6 +162,18 @@ def table(counts: dict[str, list[int]]) -> str:
     return "\n".join([*head, *rows, f"| all | {total[0]} | {total[1]} |"]) + "\n"
 
 
+def write(counts: dict[str, list[int]]) -> None:
+    """Put the counts into the page's table; the rows of the kinds that were not run stay."""
+    before, rest = PAGE.read_text(encoding="utf-8").split(MARKERS[0])
+    rows, after = rest.split(MARKERS[1])
+    names = {kind.what: name for name, kind in KINDS.items()}
+    for what, *numbers in (row.strip("| ").split(" | ") for row in rows.splitlines()):
+        if what in names:
+            counts = {names[what]: [int(number) for number in numbers]} | counts
+    in_order = {name: counts[name] for name in KINDS if name in counts}
+    PAGE.write_text(before + MARKERS[0] + table(in_order) + MARKERS[1] + after, encoding="utf-8")
+
+
 def main() -> int:
     """Run what is asked for; 1 if a case failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=(__doc__ or "").split("\n")[0])
@@ -166,10 +183,11 @@ def main() -> int:
     add("--count", type=int, help="how many from --seed on (default 1)")
     add("--share", type=float, default=1, help="of the cases of every kind (default 1)")
     add("--sample", action="store_true", help="the cases of make test")
-    add("--write", action="store_true", help="write the table into docs/reliability.md")
+    add("--write", action="store_true", help="write the table into docs/reliability.md, or with --kind its rows")
     add("--child", action="store_true", help=argparse.SUPPRESS)
     add("--exports", type=Path, help="a folder with exports0/ and exports1/, which make_exports filled earlier")
     args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     if args.child:
         args.kind = args.kind[0]
         return child(args)
@@ -203,9 +221,7 @@ def main() -> int:
             shutil.rmtree(folder, ignore_errors=True)
     print(table(counts), end="")
     if args.write:
-        text = PAGE.read_text(encoding="utf-8")
-        before, rest = text.split(MARKERS[0])
-        PAGE.write_text(before + MARKERS[0] + table(counts) + MARKERS[1] + rest.split(MARKERS[1])[1], encoding="utf-8")
+        write(counts)
     return 1 if failures else 0
 
 

@@ -4,6 +4,7 @@
 
 Every hundredth group has a fault: a bad image, a closed file, a wrong shape. Every other group's maps are compared with
 those that were computed before the threads began. The memory of the process is noted over time, and must stay flat.
+Ctrl-C ends it early: the record and the picture are then of the groups that were done.
 """
 
 import argparse
@@ -93,6 +94,11 @@ class Soak:
     def _next(self, count: int) -> list[int]:
         with self._lock:
             return [n for _, n in zip(range(count), self._numbers, strict=False)]
+
+    def stop(self) -> None:
+        """Begin no more groups; `groups` becomes the number that have begun."""
+        with self._lock:
+            self.groups, self._numbers = next(self._numbers, self.groups), iter(range(0))
 
     def work(self, seed: int) -> None:
         """What a thread does: calls and streams in turn."""
@@ -212,9 +218,12 @@ def main() -> int:
             for thread in threads:
                 thread.start()
             while any(thread.is_alive() for thread in threads):
-                threads[0].join(args.seconds)
-                if not threads[0].is_alive():
-                    time.sleep(min(args.seconds, 1))
+                try:
+                    threads[0].join(args.seconds)
+                    if not threads[0].is_alive():
+                        time.sleep(min(args.seconds, 1))
+                except KeyboardInterrupt:
+                    soak.stop()
                 notes.append(
                     {
                         "seconds": round(time.monotonic() - began, 1),
@@ -224,16 +233,16 @@ def main() -> int:
                 )
             seconds = time.monotonic() - began
     gc.collect()
-    warm = [note["mb"] for note in notes if note["groups"] >= WARM_UP * args.groups]
+    warm = [note["mb"] for note in notes if note["groups"] >= WARM_UP * soak.groups]
     third = max(len(warm) // 3, 1)
     start, end = float(np.median(warm[:third])), float(np.median(warm[-third:]))
     growth = end / start - 1
     if growth > MOST_GROWTH:
         soak.problems.append(f"memory grew by {growth:.1%}, from {start:.0f} to {end:.0f} MB")
-    if soak.done["groups"] != args.groups:
-        soak.problems.append(f"{soak.done['groups']} of {args.groups} groups were done")
+    if soak.done["groups"] != soak.groups:
+        soak.problems.append(f"{soak.done['groups']} of {soak.groups} groups were done")
     record = {
-        "groups": args.groups,
+        "groups": soak.groups,
         "threads": args.threads,
         "width": WIDTH,
         "seconds": round(seconds, 1),

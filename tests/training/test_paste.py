@@ -1,12 +1,14 @@
 import io
 import json
 import shutil
+import signal
 import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import training.groups
 from runtime import InputError
 from training.cutouts import families, held_out, read_set, related
 from training.paste import CutPaste, Group, corrupted_sism
@@ -161,6 +163,28 @@ def test_a_data_set_is_written_as_the_paper_lays_it_out(icnet, tmp_path, materia
             assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes()
     code, _, err = icnet("data", "paste", *options, "--output", tmp_path / "a")
     assert (code, "is there already" in err) == (2, True)
+
+
+def test_a_data_set_is_whole_or_absent(icnet, tmp_path, material, monkeypatch):
+    options = ["data", "paste", "--cutouts", material[0], "--backgrounds", material[1], "--groups", 2, "--images", 2]
+    write, outputs = training.groups._write, tmp_path / "outputs"
+
+    def stopped(group, folder, name):
+        write(group, folder, name)
+        code, _, err = icnet(*options, "--output", outputs / "data")
+        assert (code, err) == (2, f"icnet data paste: error: {outputs}/data: another run is writing it\n")
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.groups, "_write", stopped)
+        assert icnet(*options, "--output", outputs / "data")[0] == 130
+    assert list(outputs.iterdir()) == []
+    killed = outputs / ".data.unfinished" / "img" / "zebra"  # as SIGKILL leaves it
+    killed.mkdir(parents=True)
+    assert icnet(*options, "--output", outputs / "data")[0] == 0
+    assert list(outputs.iterdir()) == [outputs / "data"]
+    assert len(list((outputs / "data/img").iterdir())) == 2
+    assert not (outputs / "data/img/zebra").exists()
 
 
 @pytest.mark.parametrize(
