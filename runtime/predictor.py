@@ -4,7 +4,8 @@ import io
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Literal, Self, overload
 
@@ -24,7 +25,7 @@ from runtime.files import check_model_file, check_seal
 from runtime.pipeline import Pipeline
 from runtime.preprocess import EXPECTED, ImageSource, restores
 from runtime.stream import Task
-from runtime.threads import Workers
+from runtime.threads import Workers, beside
 
 MAX_THREADS = 1024
 # Iterable, perhaps, but no sequence of images.
@@ -124,14 +125,15 @@ class Predictor:
                 raise ModelError(
                     f"{path}: a checkpoint; export it first: icnet export --checkpoint {path} --output {onnx}"
                 )
-            if verify and path.suffix.lower() not in ENGINE_SUFFIXES:
-                check_seal(path)
             if path.suffix.lower() in ENGINE_SUFFIXES:
                 backend: Backend = TensorRTBackend(path, slots=slots, device=device, allow_host_code=allow_host_code)
             elif path.suffix.lower() == MNN_SUFFIX:
+                if verify:
+                    check_seal(path)  # before the file is used: MNN can crash on a damaged one
                 backend = MnnBackend(path, threads)
             else:
-                backend = OnnxBackend(path, threads, providers)
+                with beside(partial(check_seal, path)) if verify else nullcontext():
+                    return opened.enter_context(closing(OnnxBackend(path, threads, providers)))
             opened.callback(backend.close)
             return backend
 

@@ -3,8 +3,9 @@
 import atexit
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Generic, Self, TypeVar
 
 from runtime.errors import ICNetError
@@ -83,6 +84,17 @@ class Batch(Generic[T]):
     def cancel(self) -> None:
         """Cancel the calls that have not begun, and wait for the others."""
         wait([future for future in self._futures if not future.cancel()])
+
+
+@contextmanager
+def beside(call: Callable[[], object]) -> Iterator[None]:
+    """Run a call in a thread of its own while the block runs. If both fail, the error is the call's."""
+    with ThreadPoolExecutor(1, "icnet-beside") as pool:
+        future = pool.submit(call)
+        try:
+            yield
+        finally:
+            future.result()
 
 
 class Workers:
