@@ -137,7 +137,7 @@ def _signals() -> Iterator[list[int]]:
     def raise_again() -> None:
         time.sleep(0.1)  # in `dropped` it would be dropped too
         if sys.unraisablehook is dropped:  # the command has not ended meanwhile
-            _thread.interrupt_main(received[-1])
+            _thread.interrupt_main(signal.Signals(received[-1]))
 
     defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     before = {number: handler for number, handler in defaults.items() if signal.getsignal(number) == handler}
