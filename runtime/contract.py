@@ -137,6 +137,11 @@ def check_contract(path: object, inputs: Sequence[TensorSpec], outputs: Sequence
             lengths = (found[0].shape[0], found[1].shape[0], outputs[0].shape[0])
             size = next((n for n in lengths if isinstance(n, int)), None)
             return Interface(interface.kind, found, outputs[0], size)
+    if len(inputs) == 1 and len(inputs[0].shape) == 4:
+        raise ModelError(
+            f"{path}: not an ICNet export: it takes one image ({inputs[0]}) and no SISM; a detector goes in sism_model "
+            "(--sism-model), beside ICNet"
+        )
     raise ModelError(
         f"{path}: not an ICNet export: expected inputs {_list(INPUTS)} and output {_list(OUTPUTS)}, "
         f"found inputs {_list(inputs) or 'none'} and outputs {_list(outputs) or 'none'}; make one with icnet export"

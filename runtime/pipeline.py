@@ -15,10 +15,11 @@ from runtime.backends.onnx import Finished
 from runtime.bank import Bank
 from runtime.bank_models import BankModels
 from runtime.contract import ExportKind
+from runtime.detector import Detector, Undetected, finished, network_sism
 from runtime.errors import ICNetError, InputError, ModelError
 from runtime.packing import Packer, Tensors
 from runtime.preprocess import GroupPixels, ImageSource, Pixels, reads, stack
-from runtime.stream import Stream, Task
+from runtime.stream import Detected, Stream, Task
 from runtime.threads import Workers
 
 T = TypeVar("T")
@@ -36,12 +37,20 @@ class Pipeline:
         banks: the two files of a bank export, if there are any.
         most: the number of images in a packed call, and of the largest group that `backend` gets if there are `banks`.
         delay: packed exports: seconds that a group waits for those of other threads.
+        detector: makes the SISMs of images that have none; None for built-in ones.
     """
 
     def __init__(
-        self, path: str, workers: Workers, backend: Backend | None, banks: BankModels | None, most: int, delay: float
+        self,
+        path: str,
+        workers: Workers,
+        backend: Backend | None,
+        banks: BankModels | None,
+        most: int,
+        delay: float,
+        detector: Detector | None = None,
     ) -> None:
-        self.path, self.workers = path, workers
+        self.path, self.workers, self._detector = path, workers, detector
         self._backend, self._banks, self._most = backend, banks, most
         packed = backend is not None and backend.interface.kind is ExportKind.PACKED
         self._packer = Packer(self._run, most, backend.slots, delay) if packed and backend is not None else None
@@ -53,13 +62,13 @@ class Pipeline:
         return self._packer is not None
 
     def reads(
-        self, images: Sequence[ImageSource], sisms: Sequence[ImageSource] | None, kept: bool = False
-    ) -> list[Callable[[], Pixels]]:
+        self, images: Sequence[ImageSource], sisms: Sequence[ImageSource | None] | None, kept: bool = False
+    ) -> list[Callable[[], Pixels | Undetected]]:
         """A call per image that reads it and its SISM, once the group is known to fit the model.
 
         Args:
             images: paths, arrays or PIL images.
-            sisms: likewise, one per image; None for built-in ones.
+            sisms: likewise, one per image; None for the detector's, of all images or of one.
             kept: the images are for a bank, or are compared with one, so any number will do.
 
         Raises:
@@ -67,17 +76,48 @@ class Pipeline:
             ModelError: the model does not take groups of this size.
         """
         self.check_group(len(images), len(images) if sisms is None else len(sisms), kept)
-        return [partial(self._while_open, call) for call in reads(images, sisms)]
+        calls: list[Callable[[], Pixels | Undetected]] = [*reads(images, sisms)]
+        if self._detector is not None:
+            for i, image in enumerate(images):
+                if sisms is None or sisms[i] is None:
+                    calls[i] = partial(self._detector.look, image, f"images[{i}]")
+        return [partial(self._while_open, call) for call in calls]
 
     def _while_open(self, call: Callable[[], T]) -> T:
         self.check_open()
         return call()
 
+    def complete(self, read: Sequence[Pixels | Undetected], detected: Detected | None = None) -> GroupPixels:
+        """A group's pixels, after the detector has made the SISMs that are missing.
+
+        Args:
+            read: the results of the calls from `reads`.
+            detected: as `Task` has it.
+
+        Raises:
+            ModelError: the detector fails.
+        """
+        unseen = [(i, image) for i, image in enumerate(read) if isinstance(image, Undetected)]
+        pixels = {i: image for i, image in enumerate(read) if isinstance(image, Pixels)}
+        if unseen and self._detector is not None:
+            self.check_open()
+            maps = self._detector([image for _, image in unseen])
+
+            def finish(i: int, image: Undetected, tensor: Maps) -> Pixels:
+                sism = finished(image, tensor)
+                if detected is not None:
+                    detected(i, sism)
+                return Pixels(image.image, network_sism(sism), image.size)
+
+            calls = [partial(finish, *one, tensor) for one, tensor in zip(unseen, maps, strict=True)]
+            pixels |= zip([i for i, _ in unseen], self.workers.run(calls), strict=True)
+        return stack([pixels[i] for i in range(len(read))])
+
     def read(
-        self, images: Sequence[ImageSource], sisms: Sequence[ImageSource] | None, kept: bool = False
+        self, images: Sequence[ImageSource], sisms: Sequence[ImageSource | None] | None, kept: bool = False
     ) -> GroupPixels:
-        """A group's pixels; arguments and errors are those of `reads` and `read_pixels`."""
-        return stack(self.workers.run(self.reads(images, sisms, kept)))
+        """A group's pixels; arguments and errors are those of `reads`, `read_pixels` and `complete`."""
+        return self.complete(self.workers.run(self.reads(images, sisms, kept)))
 
     def maps(self, images: NDArray[np.uint8], sisms: NDArray[np.uint8], bank: Bank | None = None) -> Maps:
         """The maps, float32 [N, 224, 224] in [0, 1], of a group on its own or against a bank.

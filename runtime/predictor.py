@@ -1,38 +1,41 @@
 """`Predictor`: a group of images and their SISMs in, co-saliency maps at the images' own sizes out."""
 
-import io
+import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Literal, Self, overload
+from typing import Any, Literal, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.arguments import UNORDERED, images_alone, listed, path_of
 from runtime.backends import Backend
 from runtime.backends.mnn import MnnBackend
 from runtime.backends.onnx import CPU, OnnxBackend
-from runtime.backends.onnx_gpu import Provider
+from runtime.backends.onnx_gpu import Provider, name_of
 from runtime.backends.tensorrt import TensorRTBackend
 from runtime.bank import Bank
 from runtime.bank_models import BankModels, differ, most_images
 from runtime.contract import INPUTS, ExportKind, TensorSpec
+from runtime.detector import Detector
 from runtime.errors import ICNetError, InputError, ModelError
 from runtime.files import check_model_file, check_seal
 from runtime.pipeline import Pipeline
-from runtime.preprocess import EXPECTED, ImageSource, restores
+from runtime.preprocess import ImageSource, restores
 from runtime.stream import Task
 from runtime.threads import Workers, beside
 
+logger = logging.getLogger(__name__)
+
+BUILTIN = "builtin"
 MAX_THREADS = 1024
-# Iterable, perhaps, but no sequence of images.
-UNORDERED = (str, bytes, bytearray, memoryview, io.IOBase, os.PathLike, set, frozenset, dict)
 ENGINE_SUFFIXES = {".engine", ".plan", ".trt"}
 MNN_SUFFIX = ".mnn"
-GroupSources = tuple[Iterable[ImageSource], Iterable[ImageSource]]  # images and SISMs
+GroupSources = tuple[Iterable[ImageSource], Iterable[ImageSource] | None] | Iterable[ImageSource]  # images, and SISMs
 Maps = list[NDArray[np.float32]]  # of a group
 CHECKPOINT_SUFFIXES = {".pth", ".pt", ".ckpt", ".safetensors"}
 
@@ -54,12 +57,22 @@ class Predictor:
             bank = predictor.bank(["a.jpg", "b.jpg"], ["a_sism.png", "b_sism.png"])
             maps = predictor.against(bank, ["new.jpg"], ["new_sism.png"])
 
+    With a detector of salient objects images are enough, everywhere:
+
+        with Predictor("icnet.onnx", sism_model="u2net.onnx") as predictor:
+            maps = predictor(["a.jpg", "b.jpg"])
+
     Args:
         model: an .onnx file from `icnet export`, run by ONNX Runtime on the CPU; an .mnn file from `icnet build
             --backend mnn`, run by MNN on the CPU; or a TensorRT engine (.engine, .plan or .trt) from `icnet build` or
             `trtexec`, run on a GPU. May be left out if `bank_export` is given.
         bank_export: the files (intra, banked) of a bank export, or what was built from them. Beside a model they run
             the groups that are too large for it.
+        sism_model: makes the SISMs of images that come without: an .onnx file of any detector (see `Detector`); or
+            "builtin", OpenCV's static saliency, a weak stand-in. It runs with the same threads and providers.
+        sism_normalise: how its pixels are normalised, if that can't be guessed: a name in
+            `detector_families.PRESETS`, "MEAN,STD", or (mean, std).
+        sism_minmax: whether its maps are stretched to 0 … 1; None for what its family does.
         threads: the size of the pool that decodes, resizes and writes images, and the threads of a call of ONNX
             Runtime or MNN; None for one per core.
         providers: ONNX Runtime: execution providers in order of preference, e.g. ["CUDAExecutionProvider"]; one that
@@ -77,6 +90,7 @@ class Predictor:
     Attributes:
         path: the model's file, or the banked file of a bank export alone.
         card: what the model's checkpoint is for, e.g. "drawings, a demo", in one line; None if the file doesn't tell.
+        detector: what makes missing SISMs, with its `settings`; None if nothing does, or the built-in saliency.
         pipeline: the way of groups through the models, for this package's commands; not part of the stable API.
 
     Raises:
@@ -91,6 +105,9 @@ class Predictor:
         model: str | os.PathLike[str] | None = None,
         *,
         bank_export: tuple[str | os.PathLike[str], str | os.PathLike[str]] | None = None,
+        sism_model: str | os.PathLike[str] | None = None,
+        sism_normalise: str | Sequence[object] | None = None,
+        sism_minmax: bool | None = None,
         threads: int | None = None,
         providers: Sequence[Provider] = (CPU,),
         device: int = 0,
@@ -102,13 +119,11 @@ class Predictor:
     ) -> None:
         if bank_export is not None and not (isinstance(bank_export, tuple | list) and len(bank_export) == 2):
             raise InputError("bank_export: expected two paths, (intra, banked)")
-        paths: list[Path] = []
-        for file in (*([] if model is None and bank_export else [model]), *(bank_export or ())):
-            if not isinstance(file, str | os.PathLike) or not isinstance(os.fspath(file), str):
-                raise InputError(f"model: expected a path, got {type(file).__name__}")
-            if not os.fspath(file):
-                raise InputError("model: the path is empty")
-            paths.append(Path(os.fspath(file)))
+        models = [*([] if model is None and bank_export else [model]), *(bank_export or ())]
+        paths = [path_of(file, "model") for file in models]
+        detects = None if sism_model is None or sism_model == BUILTIN else path_of(sism_model, "sism_model")
+        if detects is None and (sism_normalise is not None or sism_minmax is not None):
+            raise InputError("sism_normalise and sism_minmax are for a detector: name its file with sism_model")
         if threads is not None and not (isinstance(threads, int) and 1 <= threads <= MAX_THREADS):
             raise InputError(f"threads={threads!r}: expected 1 to {MAX_THREADS}, or None for one per core")
         if not (isinstance(slots, int) and slots >= 2):
@@ -139,6 +154,8 @@ class Predictor:
 
         self.path = str(paths[0] if model is not None else paths[-1])
         self._backend: Backend | None = None
+        self.detector: Detector | None = None
+        self._makes_sisms = sism_model is not None
         banks: BankModels | None = None
         most = 0
         with ExitStack() as opened:  # models that were opened before an error are closed
@@ -155,28 +172,35 @@ class Predictor:
                     raise ModelError(f"{banks.path}: of another network than {self.path}; export them again")
             known = self._backend or banks
             self.card: str | None = known.card if known else None
-            self.pipeline = Pipeline(self.path, workers, self._backend, banks, most, max_delay_ms / 1000)
+            if detects is not None:
+                options: dict[str, Any] = {"normalise": sism_normalise, "minmax": sism_minmax, "verify": verify}
+                self.detector = Detector(detects, threads, providers, **options)
+                opened.callback(self.detector.close)
+                _compare_devices(paths[0], detects, providers)
+            self.pipeline = Pipeline(self.path, workers, self._backend, banks, most, max_delay_ms / 1000, self.detector)
             opened.callback(self.pipeline.close)
             self._opened: ExitStack | None = opened.pop_all()
 
-    def __call__(self, images: Iterable[ImageSource], sisms: Iterable[ImageSource]) -> Maps:
+    def __call__(self, images: Iterable[ImageSource], sisms: Iterable[ImageSource] | None = None) -> Maps:
         """Co-saliency maps of one group.
 
         Args:
             images: the group's images: paths, arrays, PIL images or files' contents, of any size (see
                 `preprocess.image_tensor`).
-            sisms: the SISM of each image, in the same order, likewise; sizes need not be the images'.
+            sisms: the SISM of each image, in the same order, likewise; sizes need not be the images'. None: the
+                detector makes them.
 
         Returns:
             One float32 array [height, width] in [0, 1] per image, of its (upright) size.
 
         Raises:
-            InputError: no images, counts that differ, or one that can't be used; the message names it.
-            ModelError: the model takes groups of another size only, or fails.
+            InputError: no images, counts that differ, or one that can't be used; the message names it. Or there are no
+                SISMs and no `sism_model`.
+            ModelError: the model takes groups of another size only, or fails; or the detector does.
         """
         return self._maps(images, sisms)
 
-    def bank(self, images: Iterable[ImageSource], sisms: Iterable[ImageSource]) -> Bank:
+    def bank(self, images: Iterable[ImageSource], sisms: Iterable[ImageSource] | None = None) -> Bank:
         """The bank of a group's images, to compare others with.
 
         Args:
@@ -191,10 +215,10 @@ class Predictor:
             ModelError: there are no files of a bank export, or they fail.
         """
         banks = self.pipeline.bank_models()
-        pixels = self.pipeline.read(*_listed(images, sisms), kept=True)
+        pixels = self.pipeline.read(*self._listed(images, sisms), kept=True)
         return Bank(banks.sivs(pixels.images, pixels.sisms), banks.model)
 
-    def against(self, bank: Bank, images: Iterable[ImageSource], sisms: Iterable[ImageSource]) -> Maps:
+    def against(self, bank: Bank, images: Iterable[ImageSource], sisms: Iterable[ImageSource] | None = None) -> Maps:
         """Co-saliency maps of images against a kept bank: each image as if it alone joined the bank's group.
 
         Args:
@@ -214,7 +238,11 @@ class Predictor:
 
     @overload
     def predict_groups(
-        self, groups: Iterable[GroupSources], *, ahead: int = 4, on_error: Literal["raise"] = "raise"
+        self,
+        groups: Iterable[GroupSources],
+        *,
+        ahead: int = 4,
+        on_error: Literal["raise"] = "raise",
     ) -> Iterator[Maps]: ...
 
     @overload
@@ -223,7 +251,11 @@ class Predictor:
     ) -> Iterator[Maps | ICNetError]: ...
 
     def predict_groups(
-        self, groups: Iterable[GroupSources], *, ahead: int = 4, on_error: Literal["raise", "return"] = "raise"
+        self,
+        groups: Iterable[GroupSources],
+        *,
+        ahead: int = 4,
+        on_error: Literal["raise", "return"] = "raise",
     ) -> Iterator[Maps | ICNetError]:
         """Co-saliency maps of many groups, in order; images are decoded and resized in threads ahead of the engine.
 
@@ -231,8 +263,9 @@ class Predictor:
         largest number of images that it takes.
 
         Args:
-            groups: (images, sisms) per group, each as for calling the Predictor. No more of them are read than needed:
-                `ahead` groups, or for a packed model enough to fill one call.
+            groups: (images, sisms) per group, each as for calling the Predictor; with a `sism_model` also the images
+                alone. No more of them are read than needed: `ahead` groups, or for a packed model enough to fill one
+                call.
             ahead: groups that are decoded before their turn.
             on_error: "raise", or "return" to go on with the other groups after one that fails.
 
@@ -286,19 +319,34 @@ class Predictor:
         self.pipeline.check_group(len(images), len(sisms), kept=bank is not None)
         return self.pipeline.maps(images, sisms, bank)
 
-    def _maps(self, images: Iterable[ImageSource], sisms: Iterable[ImageSource], bank: Bank | None = None) -> Maps:
+    def _maps(
+        self, images: Iterable[ImageSource], sisms: Iterable[ImageSource] | None, bank: Bank | None = None
+    ) -> Maps:
         """The maps of a group on its own, or against a bank, at its images' own sizes."""
-        pixels = self.pipeline.read(*_listed(images, sisms), kept=bank is not None)
+        pixels = self.pipeline.read(*self._listed(images, sisms), kept=bank is not None)
         maps = self.pipeline.maps(pixels.images, pixels.sisms, bank)
         return self.pipeline.workers.run(restores(pixels, maps))
 
-    def _tasks(self, groups: Iterable[GroupSources]) -> Iterator[Task[NDArray[np.float32]] | ICNetError]:
+    def _listed(
+        self, images: Iterable[ImageSource], sisms: Iterable[ImageSource] | None
+    ) -> tuple[list[ImageSource], list[ImageSource] | None]:
+        if sisms is None and self._makes_sisms:
+            return listed(images, "images", 4), None
+        if sisms is None:
+            raise InputError("no SISMs: give one per image, or open the Predictor with a detector: sism_model=FILE")
+        return listed(images, "images", 4), listed(sisms, "sisms", 3)
+
+    def _tasks(self, groups: Iterable[Any]) -> Iterator[Task[NDArray[np.float32]] | ICNetError]:
         for index, group in enumerate(groups):
             try:
-                if not (isinstance(group, tuple | list) and len(group) == 2):
+                if self._makes_sisms and images_alone(group):
+                    sources = self._listed(group, None)
+                elif isinstance(group, tuple | list) and len(group) == 2:
+                    sources = self._listed(*group)
+                else:
                     kind = f"{len(group)} entries" if isinstance(group, tuple | list) else type(group).__name__
                     raise InputError(f"groups[{index}]: expected (images, sisms), got {kind}")
-                task = Task(self.pipeline.reads(*_listed(*group)), restores)
+                task = Task(self.pipeline.reads(*sources), restores)
             except ICNetError as error:
                 yield error
             else:
@@ -330,23 +378,16 @@ def _check_kind(backend: Backend) -> None:
         )
 
 
-def _listed(images: Iterable[ImageSource], sisms: Iterable[ImageSource]) -> tuple[list[ImageSource], list[ImageSource]]:
-    return _list(images, "images", 4), _list(sisms, "sisms", 3)
-
-
-def _list(sources: Iterable[ImageSource], what: str, ndim: int) -> list[ImageSource]:
-    """A list with one entry per image; an array must have `ndim` axes at least, or it is one image and no group."""
-    if isinstance(sources, UNORDERED) or not isinstance(sources, Iterable):
-        raise InputError(f"{what}: expected a sequence with one entry per image, got {type(sources).__name__}")
-    if isinstance(sources, np.ndarray) and sources.ndim < ndim:
-        raise InputError(
-            f"{what}: expected a sequence with one entry per image, got one array of shape {sources.shape}"
+def _compare_devices(model: Path, detector: Path, providers: Sequence[Provider]) -> None:
+    """Say so if a model runs on the GPU and its detector does not, or the other way round."""
+    detector_on_gpu = name_of(providers[0]) != CPU
+    model_on_gpu = {MNN_SUFFIX: False}.get(model.suffix.lower(), model.suffix.lower() in ENGINE_SUFFIXES)
+    if model.suffix.lower() != ".onnx" and model_on_gpu != detector_on_gpu:
+        places = ("the CPU", "the GPU")
+        logger.warning(
+            "%s runs on %s, the detector %s on %s; providers (--device) say where a detector runs",
+            *(model, places[model_on_gpu], detector, places[detector_on_gpu]),
         )
-    listed = list(sources)
-    for index, source in enumerate(listed):
-        if source is None:  # which inside the package asks for a built-in SISM
-            raise InputError(f"{what}[{index}]: {EXPECTED}, got NoneType")
-    return listed
 
 
 def _check_tensor(spec: TensorSpec, array: object) -> None:

@@ -8,7 +8,7 @@ import ctypes
 import os
 import stat
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError, _imaging
+from PIL.PngImagePlugin import PngInfo
 
 from runtime.contract import SIZE
 from runtime.errors import InputError
@@ -33,6 +34,7 @@ MIN_SIDE = 2  # pixels: one row, one column or one pixel shows no object
 ORIENTATION = 0x0112  # EXIF tag
 TURNED = range(5, 9)  # its values by which width and height change places
 BILINEAR = Image.Resampling.BILINEAR
+SOFTWARE, MADE_BY = "Software", "icnet"  # the text in a PNG file that says so
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,17 @@ def read_pixels(
     """
     tensor, size = image_tensor(image, image_name)
     if sism is None:
-        name = str(image) if isinstance(image, str | os.PathLike) else image_name
-        return Pixels(tensor, builtin_sism(tensor, name), size)
+        return Pixels(tensor, builtin_sism(tensor, name_of(image, image_name)), size)
     return Pixels(tensor, sism_tensor(sism, sism_name), size)
 
 
-def reads(images: Sequence[ImageSource], sisms: Sequence[ImageSource] | None) -> list[Callable[[], Pixels]]:
-    """A call per image that reads it and its SISM; without `sisms` they are built in."""
+def name_of(source: ImageSource, name: str) -> str:
+    """What messages call a source: its path, or `name`."""
+    return os.fspath(source) if isinstance(source, str | os.PathLike) else name
+
+
+def reads(images: Sequence[ImageSource], sisms: Sequence[ImageSource | None] | None) -> list[Callable[[], Pixels]]:
+    """A call per image that reads it and its SISM; where there is none it is built in."""
     every = enumerate(zip(images, [None] * len(images) if sisms is None else sisms, strict=True))
     return [partial(read_pixels, image, sism, f"images[{i}]", f"sisms[{i}]") for i, (image, sism) in every]
 
@@ -133,10 +139,10 @@ def sism_tensor(source: ImageSource, name: str = "SISM") -> NDArray[np.uint8]:
         InputError: it can't be read, or is no image.
     """
     sism = read_image(source, name, mode="L", behind=(0, 0, 0, 255))
-    if sism.getextrema()[1] == 1:
-        name = os.fspath(source) if isinstance(source, str | os.PathLike) else name
+    if sism.getextrema()[1] == 1 and not made_here(source):
         raise InputError(
-            f"{name}: its values are 0 and 1 of 255, so nothing is salient; a mask must be bool, or 0 and 255"
+            f"{name_of(source, name)}: its values are 0 and 1 of 255, so nothing is salient; a mask must be bool, or 0 "
+            "and 255"
         )
     return resized(sism)
 
@@ -153,6 +159,17 @@ def rgb_image(source: ImageSource, name: str = "image") -> Image.Image:
 def resized(image: Image.Image) -> NDArray[np.uint8]:
     """An 8-bit RGB image or grey SISM at the network's size: uint8 [224, 224, 3] or [224, 224]."""
     return np.asarray(image.resize((SIZE, SIZE), BILINEAR))
+
+
+def made_here(source: ImageSource) -> bool:
+    """Whether a source is a file from `save_map`: of such a map the values 0 and 1 are real, and nearly nothing.
+
+    Any other image with these values alone is a mask of 0 and 1, whose owner takes 1 for salient.
+    """
+    if not isinstance(source, str | os.PathLike | BytesIO | bytes | bytearray):
+        return False
+    with _reading("map"), Image.open(BytesIO(source) if isinstance(source, bytes | bytearray) else source) as image:
+        return image.info.get(SOFTWARE) == MADE_BY
 
 
 def grey_image(source: ImageSource, size: tuple[int, int] | None = None, name: str = "grey image") -> NDArray[np.uint8]:
@@ -210,8 +227,22 @@ def save_map(tensor: NDArray[np.float32], path: str | os.PathLike[str] | BinaryI
 
     Most of a map is flat: run lengths give files as small as zlib's search for repetitions, in half the time.
     """
-    grey = np.rint(tensor * 255).astype(np.uint8)
-    Image.fromarray(grey).save(path, format="png", compress_type=zlib.Z_RLE)
+    save_grey(grey_levels(tensor), path)
+
+
+def grey_levels(tensor: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """A map or a SISM in [0, 1] as its file has it: round(255·value), uint8."""
+    return np.rint(tensor * 255).astype(np.uint8)
+
+
+def save_grey(
+    grey: NDArray[np.uint8], path: str | os.PathLike[str] | BinaryIO, notes: Mapping[str, str] | None = None
+) -> None:
+    """Write uint8 [height, width] as `save_map` does, with notes as the file's text; see `made_here`."""
+    info = PngInfo()
+    for key, text in ({SOFTWARE: MADE_BY} | dict(notes or {})).items():
+        info.add_text(key, text)
+    Image.fromarray(grey).save(path, format="png", compress_type=zlib.Z_RLE, pnginfo=info)
 
 
 def read_image(source: ImageSource, name: str, mode: str, behind: tuple[int, int, int, int]) -> Image.Image:

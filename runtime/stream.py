@@ -2,8 +2,10 @@
 
     files, arrays → READING (pool) → READY → RUNNING (engine) → AFTER (pool) → DONE
 
-All that is done to pixels is done in the pool of `Workers`. The caller's thread hands tensors to the engine. While it
-waits for the pool, it takes part in the pool's work.
+All that is done to pixels is done in the pool of `Workers`. The caller's thread hands tensors to the engines, the
+detector's before ICNet's. While it waits for the pool, it takes part in the pool's work. So on a CPU, where each engine
+uses every core, they take turns; an engine that computes on its own (TensorRT) has a group while the detector has the
+next one.
 """
 
 from collections import deque
@@ -17,13 +19,15 @@ from numpy.typing import NDArray
 
 from runtime.backends import Pending
 from runtime.bank import Bank
+from runtime.detector import Undetected
 from runtime.errors import ICNetError
 from runtime.packing import Tensors, first_fit
-from runtime.preprocess import GroupPixels, Pixels, stack
+from runtime.preprocess import GroupPixels, Pixels
 from runtime.threads import Batch, Workers
 
 T = TypeVar("T")
 Maps = NDArray[np.float32]
+Detected = Callable[[int, NDArray[np.uint8]], object]
 
 
 @dataclass(frozen=True)
@@ -32,18 +36,24 @@ class Task(Generic[T]):
 
     Attributes:
         reads: a call per image, from `Pipeline.reads`.
+        detected: called in the pool with the index and the SISM, uint8 [height, width] of the image's size, of each
+            image whose SISM a detector made; None: nobody wants them.
         after: what follows on the maps, float32 [N, 224, 224] in [0, 1]: calls for the pool, in any number. Their
             results, in order, are the outcome of the group.
     """
 
-    reads: Sequence[Callable[[], Pixels]]
+    reads: Sequence[Callable[[], Pixels | Undetected]]
     after: Callable[[GroupPixels, Maps], Sequence[Callable[[], T]]]
+    detected: Detected | None = None
 
 
 class Runs(Protocol):
     """What a stream needs of a `Pipeline`, whose methods these are."""
 
     workers: Workers
+
+    def complete(self, read: Sequence[Pixels | Undetected], detected: Detected | None = None) -> GroupPixels:
+        """A group's pixels, after the detector has made the SISMs that are missing."""
 
     def start(self, groups: Sequence[Tensors], bank: Bank | None = None) -> Pending:
         """Start on groups in one call."""
@@ -58,7 +68,7 @@ class Runs(Protocol):
 class State(Enum):
     """How far a group of a stream has come."""
 
-    READING = auto()  # the pool decodes and resizes
+    READING = auto()  # the pool decodes and resizes; a detector makes missing SISMs
     READY = auto()  # waits for a call
     RUNNING = auto()  # in a call
     AFTER = auto()  # the pool restores, writes …
@@ -68,16 +78,16 @@ class State(Enum):
 class _Job(Generic[T]):
     """A group of a stream, on its way from state to state."""
 
-    def __init__(self, task: Task[T] | ICNetError, workers: Workers) -> None:
-        self._workers = workers
+    def __init__(self, task: Task[T] | ICNetError, pipeline: Runs) -> None:
+        self._pipeline = pipeline
         self.state = State.READING
         self.pixels: GroupPixels | None = None
         self.outcome: list[T] | ICNetError = []
         if isinstance(task, ICNetError):
             self.end(task)
             return
-        self._after_maps = task.after
-        self._reading = workers.submit(task.reads)
+        self._task = task
+        self._reading = pipeline.workers.submit(task.reads)
         self._after: Batch[T] | None = None
 
     @property
@@ -93,7 +103,7 @@ class _Job(Generic[T]):
     def wait_for_pixels(self) -> None:
         """From READING to READY, or to DONE if an image can't be used."""
         try:
-            self.pixels = stack(self._reading.results())
+            self.pixels = self._pipeline.complete(self._reading.results(), self._task.detected)
             self.state = State.READY
         except ICNetError as error:
             self.end(error)
@@ -101,7 +111,7 @@ class _Job(Generic[T]):
     def follow_up(self, maps: Maps) -> None:
         """From RUNNING to AFTER."""
         assert self.pixels is not None
-        self._after = self._workers.submit(self._after_maps(self.pixels, maps))
+        self._after = self._pipeline.workers.submit(self._task.after(self.pixels, maps))
         self.pixels = None  # kept by the calls that need them
         self.state = State.AFTER
 
@@ -180,7 +190,7 @@ class Stream(Generic[T]):
         """Begin to read the next groups; whether any are under way."""
         reading = sum(job.state in (State.READING, State.DONE) for job in self._jobs)
         while reading < self._ahead and (task := self._next_task()) is not None:
-            self._jobs.append(_Job(task, self._pipeline.workers))
+            self._jobs.append(_Job(task, self._pipeline))
             reading += 1
         return bool(self._jobs)
 

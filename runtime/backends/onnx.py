@@ -7,7 +7,7 @@ buffers, while other calls compute; bindings are reused from call to call.
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,43 +63,10 @@ class OnnxBackend:
     slots = 1  # groups at once that one caller can have in work
 
     def __init__(self, path: Path, threads: int | None = None, providers: Sequence[Provider] = (CPU,)) -> None:
-        try:
-            import onnxruntime as ort
-        except ImportError as error:
-            raise DependencyError(
-                f"onnxruntime is not installed: {how_to_install('cpu')} (or onnxruntime-gpu; not both)"
-            ) from error
         self.path = path
-        check_model_file(path)
-        wanted = [_provider(p)[0] for p in _checked(providers)]
-        if absent := [name for name in wanted if name not in ort.get_available_providers()]:
-            raise DependencyError(
-                f"{', '.join(absent)}: not in this onnxruntime, which has {', '.join(ort.get_available_providers())}; "
-                "for NVIDIA GPUs replace onnxruntime by onnxruntime-gpu (never both)"
-            )
-        on_gpu = [p for p in map(_provider, providers) if p[0] in CUDA]
-        if on_gpu and hasattr(ort, "preload_dlls"):
-            ort.preload_dlls()  # CUDA and cuDNN from their wheels, where the loader does not look
-        if on_gpu:
-            providers = onnx_gpu.with_options(path, *_look(ort, path), providers)
-            # ONNX Runtime may come without CUDA, which `with_options` puts behind TensorRT.
-            providers = [p for p in providers if _provider(p)[0] in ort.get_available_providers()]
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        # With memory patterns ONNX Runtime allocates one block for all tensors of a size that it has seen: no faster,
-        # and in addition to the memory of the first call.
-        options.enable_mem_pattern = False
-        # Threads that wait for work keep their cores busy. Within a call that saves time; after it, it takes the cores
-        # from the threads that resize and write the maps.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.log_severity_level = 4  # nothing on standard error: errors reach the caller as exceptions
-        self._session: Any = _session(ort, path, options, providers)  # None: closed
-        # ONNX Runtime only warns of a provider whose libraries or device are missing, and goes on with the next.
-        if unused := [name for name in wanted if name not in self._session.get_providers()]:
-            raise ModelError(
-                f"{self.path}: {', '.join(unused)} was asked for but could not be started; are its libraries (CUDA, "
-                "cuDNN, TensorRT) and a GPU there? Leave it out of providers to do without"
-            )
+        started = start_session(path, threads, providers, _interface)
+        ort, providers = started.ort, started.providers
+        self._session: Any = started.session  # None: closed
         self.interface = _interface(path, self._session)
         self.largest = self.interface.size or onnx_gpu.largest(providers)
         notes = self._session.get_modelmeta().custom_metadata_map
@@ -108,7 +75,7 @@ class OnnxBackend:
         self._bindings: _Bindings | None = None
         self._last = ort.RunOptions()  # frees the memory of the call; allocating it again takes time
         self._last.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        if on_gpu:
+        if on_gpu := [p for p in map(_provider, providers) if p[0] in CUDA]:
             device = int(on_gpu[0][1].get("device_id", 0))
             self._bindings = _Bindings(ort, self._session, self.interface, device)
             self._finalizer = weakref.finalize(self, self._bindings.close)
@@ -152,7 +119,7 @@ class OnnxBackend:
         except Exception as error:
             if "allocate memory" in str(error) or isinstance(error, MemoryError):
                 raise ModelError(f"{self.path}: out of memory for a group of {len(images)}; split the group") from error
-            raise ModelError(f"{self.path}: failed on a group of {len(images)}: {_reason(error)}") from error
+            raise ModelError(f"{self.path}: failed on a group of {len(images)}: {reason(error)}") from error
         return Finished(output)
 
     def close(self) -> None:
@@ -282,6 +249,70 @@ class _Binding:
                 self._inputs[spec.name] = create(shape, np.dtype(spec.dtype).type, DEVICE, self._device)
 
 
+@dataclass(frozen=True)
+class Started:
+    """A session, the module that runs it, and its execution providers with all options."""
+
+    ort: Any
+    session: Any
+    providers: list[Provider]
+
+
+def start_session(
+    path: Path,
+    threads: int | None,
+    providers: Sequence[Provider],
+    interface_of: Callable[[Path, Any], Interface] | None = None,
+) -> Started:
+    """A session on any ONNX file.
+
+    Args:
+        path: the file.
+        threads: as for `OnnxBackend`.
+        providers: likewise.
+        interface_of: checks a session on an exported ICNet and tells its tensors; None for another network.
+
+    Raises:
+        ICNetError: as for `OnnxBackend`.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise DependencyError(
+            f"onnxruntime is not installed: {how_to_install('cpu')} (or onnxruntime-gpu; not both)"
+        ) from error
+    check_model_file(path)
+    wanted = [_provider(p)[0] for p in _checked(providers)]
+    if absent := [name for name in wanted if name not in ort.get_available_providers()]:
+        raise DependencyError(
+            f"{', '.join(absent)}: not in this onnxruntime, which has {', '.join(ort.get_available_providers())}; "
+            "for NVIDIA GPUs replace onnxruntime by onnxruntime-gpu (never both)"
+        )
+    if any(name in CUDA for name in wanted):
+        if hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # CUDA and cuDNN from their wheels, where the loader does not look
+        providers = onnx_gpu.with_options(path, *_look(ort, path, interface_of), providers)
+        # ONNX Runtime may come without CUDA, which `with_options` puts behind TensorRT.
+        providers = [p for p in providers if _provider(p)[0] in ort.get_available_providers()]
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    # With memory patterns ONNX Runtime allocates one block for all tensors of a size that it has seen: no faster,
+    # and in addition to the memory of the first call.
+    options.enable_mem_pattern = False
+    # Threads that wait for work keep their cores busy. Within a call that saves time; after it, it takes the cores
+    # from the threads that resize and write the maps.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.log_severity_level = 4  # nothing on standard error: errors reach the caller as exceptions
+    session = _session(ort, path, options, providers)
+    # ONNX Runtime only warns of a provider whose libraries or device are missing, and goes on with the next.
+    if unused := [name for name in wanted if name not in session.get_providers()]:
+        raise ModelError(
+            f"{path}: {', '.join(unused)} was asked for but could not be started; are its libraries (CUDA, "
+            "cuDNN, TensorRT) and a GPU there? Leave it out of providers to do without"
+        )
+    return Started(ort, session, [*providers])
+
+
 def _session(ort: Any, path: Path, options: Any, providers: Sequence[Provider]) -> Any:
     # ONNX Runtime takes names of files that are UTF-8 only.
     model: Path | bytes = path if utf8_name(path) else path.read_bytes()
@@ -296,21 +327,24 @@ def _session(ort: Any, path: Path, options: Any, providers: Sequence[Provider]) 
             what = (
                 f"can't be run with {', '.join(others)}" if others else "not an ONNX model that ONNX Runtime can load"
             )
-            raise ModelError(f"{path}: {what}: {_reason(error)}") from error
+            raise ModelError(f"{path}: {what}: {reason(error)}") from error
 
 
-def _look(ort: Any, path: Path) -> tuple[Interface, dict[str, str]]:
-    """A model's tensors and metadata, as ONNX Runtime reads them without a GPU."""
+def _look(
+    ort: Any, path: Path, interface_of: Callable[[Path, Any], Interface] | None
+) -> tuple[Interface | None, dict[str, str]]:
+    """A model's tensors, if it is ours, and its metadata, as ONNX Runtime reads them without a GPU."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.log_severity_level = 4
     session = _session(ort, path, options, [CPU])
-    return _interface(path, session), session.get_modelmeta().custom_metadata_map
+    interface = None if interface_of is None else interface_of(path, session)
+    return interface, session.get_modelmeta().custom_metadata_map
 
 
 def _interface(path: Path, session: Any) -> Interface:
-    return check_contract(path, [_spec(t) for t in session.get_inputs()], [_spec(t) for t in session.get_outputs()])
+    return check_contract(path, [spec_of(t) for t in session.get_inputs()], [spec_of(t) for t in session.get_outputs()])
 
 
 def _unused(groups: NDArray[np.int32]) -> int:
@@ -318,7 +352,8 @@ def _unused(groups: NDArray[np.int32]) -> int:
     return int(np.setdiff1d(np.arange(len(groups) + 1), groups)[0])
 
 
-def _spec(tensor: Any) -> TensorSpec:
+def spec_of(tensor: Any) -> TensorSpec:
+    """A tensor of a session."""
     dtype = NUMPY_TYPES.get(tensor.type, tensor.type.removeprefix("tensor(").removesuffix(")"))
     return TensorSpec(tensor.name, dtype, tuple(tensor.shape))
 
@@ -349,5 +384,6 @@ def _provider(provider: Provider) -> tuple[str, dict[str, Any]]:
     return (provider, {}) if isinstance(provider, str) else provider
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """What ONNX Runtime says, for a message."""
     return one_line(error) or type(error).__name__

@@ -24,7 +24,7 @@ def name_of(provider: Provider) -> str:
 
 
 def with_options(
-    path: Path, interface: Interface, notes: Mapping[str, str], providers: Sequence[Provider]
+    path: Path, interface: Interface | None, notes: Mapping[str, str], providers: Sequence[Provider]
 ) -> list[Provider]:
     """The providers, with the options that this package chooses.
 
@@ -39,7 +39,7 @@ def with_options(
 
     Args:
         path: the model's file.
-        interface: its tensors.
+        interface: its tensors; None for another network than ICNet, whose engines are built as its sizes come.
         notes: its metadata; without "precision" it is taken for FP32.
         providers: as for `OnnxBackend`.
 
@@ -73,9 +73,9 @@ def largest(providers: Sequence[Provider]) -> int | None:
     return None
 
 
-def _of_tensorrt(path: Path, interface: Interface, given: Mapping[str, Any]) -> dict[str, Any]:
+def _of_tensorrt(path: Path, interface: Interface | None, given: Mapping[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {}
-    if interface.size is None and not any(option in given for option in PROFILE):
+    if interface is not None and interface.size is None and not any(option in given for option in PROFILE):
         for i, option in enumerate(PROFILE):
             options[option] = ",".join(_shape(spec, i) for spec in interface.inputs)
     folder = path.with_name(path.name + ".tensorrt") / digest(path)[:16]
