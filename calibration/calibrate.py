@@ -31,7 +31,7 @@ from evaluation.dataset import find_dataset
 from evaluation.metrics import Metrics
 from export.onnx_file import save_model
 from runtime import __version__
-from runtime.commands.predict import BUILTIN, sism_folder
+from runtime.commands.detector import BUILTIN, sism_folder
 from runtime.errors import DependencyError, InputError, how_to_install
 from runtime.files import check_outputs, digest, replacing, same_file, write_json
 from runtime.predictor import MAX_THREADS

@@ -254,6 +254,12 @@ def _digests(file: BinaryIO, place: int) -> tuple[str, str]:
     return found.hexdigest(), stored.decode("ascii", "replace")
 
 
+def bundled(name: str) -> Path | None:
+    """A model that comes with this package, e.g. "icnet.onnx" or "detector.onnx"; None if it has none of that name."""
+    path = Path(__file__).parent / "models" / name
+    return path if path.is_file() else None
+
+
 def bank_files(path: Path) -> tuple[Path, Path]:
     """Where a bank export that is called `path` has its two files: NAME.intra.onnx and NAME.banked.onnx."""
     return path.parent / f"{path.stem}.intra{path.suffix}", path.parent / f"{path.stem}.banked{path.suffix}"

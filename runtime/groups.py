@@ -18,6 +18,7 @@ SUFFIXES = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".jp2", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm",
 }  # fmt: skip
 HEIF = {".heic", ".heif", ".hif"}  # images too where pillow-heif is installed
+MAX_NAMES = 20  # in a message
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,15 @@ def matching(images: Sequence[Path], folder: Path, what: str) -> tuple[Path, ...
             raise InputError(
                 f"{folder}: {other.name} and {file.name} could both be the {what} of {file.stem}; remove one"
             )
-    for image in images:
-        if image.stem not in available:
-            raise InputError(f"{image}: no {what} for it: expected {folder / image.stem}.png")
+    missing = [image for image in images if image.stem not in available]
+    if len(missing) > 1:
+        names = ", ".join(image.name for image in missing[:MAX_NAMES]) + ", …" * (len(missing) > MAX_NAMES)
+        raise InputError(
+            f"{missing[0].parent}: no {what} for {len(missing)} of {len(images)} images ({names}): expected "
+            f"{folder / missing[0].stem}.png and so on"
+        )
+    for image in missing:
+        raise InputError(f"{image}: no {what} for it: expected {folder / image.stem}.png")
     return tuple(available[image.stem] for image in images)
 
 

@@ -29,7 +29,7 @@ from runtime.preprocess import ImageSource, restores
 from runtime.stream import Task
 from runtime.threads import Workers, beside
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("runtime.detector")
 
 BUILTIN = "builtin"
 MAX_THREADS = 1024

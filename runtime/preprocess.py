@@ -166,10 +166,19 @@ def made_here(source: ImageSource) -> bool:
 
     Any other image with these values alone is a mask of 0 and 1, whose owner takes 1 for salient.
     """
-    if not isinstance(source, str | os.PathLike | BytesIO | bytes | bytearray):
-        return False
-    with _reading("map"), Image.open(BytesIO(source) if isinstance(source, bytes | bytearray) else source) as image:
-        return image.info.get(SOFTWARE) == MADE_BY
+    return note(source, SOFTWARE) == MADE_BY
+
+
+def note(source: ImageSource, key: str) -> str | None:
+    """A text in a PNG file, as `save_grey` writes it; None if it has none."""
+    if isinstance(source, np.ndarray | Image.Image):
+        return None
+    try:
+        with Image.open(BytesIO(source) if isinstance(source, bytes | bytearray) else source) as image:
+            text = image.info.get(key)
+    except Exception:  # whatever is wrong with it, it is not ours
+        return None
+    return text if isinstance(text, str) else None
 
 
 def grey_image(source: ImageSource, size: tuple[int, int] | None = None, name: str = "grey image") -> NDArray[np.uint8]:

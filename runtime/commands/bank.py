@@ -3,10 +3,14 @@
 import argparse
 from pathlib import Path
 
-from runtime.commands.predict import add_model_arguments, model_files, open_predictor, sism_folder
+from rich.console import Console
+
+from runtime.commands.detector import sism_source, speaking
+from runtime.commands.predict import add_model_arguments, model_files, model_of, open_predictor
 from runtime.errors import InputError, printable
 from runtime.files import check_outputs
 from runtime.groups import find_groups
+from runtime.predictor import BUILTIN
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,12 +30,17 @@ def run(args: argparse.Namespace) -> int:
     """
     if (args.path / "img").is_dir():
         raise InputError(f"{args.path}: a data set; name the folder of one group, e.g. {args.path / 'img'}/GROUP")
-    (group,) = find_groups(args.path, sism_folder(args.path, args.sisms))
-    models = model_files(args.model, banks_only=True).values()
-    check_outputs([args.output], [args.model, *models, *group.images, *(group.sisms or ())])
-    with open_predictor(args.model, args.threads, True, args.device) as predictor:
-        pixels = predictor.pipeline.read(group.images, group.sisms, kept=True)
-        bank = predictor.bank(pixels.images, pixels.sisms)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with speaking(console, "icnet bank"):
+        folder, detector = sism_source(args.path, args.sisms, args.sism_model)
+        (group,) = find_groups(args.path, folder)
+        model = model_of(args)
+        used = [model, *model_files(model, banks_only=True).values()]
+        used += [] if detector in (None, BUILTIN) else [Path(detector or "")]
+        check_outputs([args.output], [*used, *group.images, *(group.sisms or ())])
+        with open_predictor(args, detector, banks_only=True) as predictor:
+            pixels = predictor.pipeline.read(group.images, group.sisms, kept=True)
+            bank = predictor.bank(pixels.images, pixels.sisms)
     bank.save(args.output)
     print(f"{printable(args.output)}: {len(bank)} image{'s' * (len(bank) != 1)}, for icnet predict --bank")
     return 0

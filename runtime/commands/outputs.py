@@ -27,7 +27,8 @@ SHEET = "contact_sheet.jpg"
 BOXES = "boxes.json"
 KINDS = ("maps", "masks", "cutouts", "boxes")
 FORMATS = ("png", "webp")  # with an alpha channel
-FOLDERS = {"": (".png",), "masks": (".png",), "cutouts": (".png", ".webp")}  # in a group's folder, and their suffixes
+SISMS = "sisms"  # the folder of the SISMs of a detector, if they are kept
+FOLDERS = {"": (".png",), SISMS: (".png",), "masks": (".png",), "cutouts": (".png", ".webp")}  # in a group's folder, and their suffixes
 LEVEL = 0.5  # from which on a map's pixels count, unless --level says another, to tell how full it is
 
 

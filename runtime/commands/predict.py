@@ -11,16 +11,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from runtime.bank import Bank
 from runtime.commands import outputs
+from runtime.commands.detector import add_detector_arguments, sism_source, speaking
 from runtime.commands.device import add_device_argument, providers
-from runtime.commands.results import GroupResults
+from runtime.commands.results import DETECTOR, GroupResults
 from runtime.commands.summary import Summary
 from runtime.errors import ICNetError, InputError, ModelError, printable
-from runtime.files import bank_files, digest
-from runtime.groups import check_folder, find_groups
-from runtime.predictor import Predictor
+from runtime.files import bank_files, bundled, digest
+from runtime.groups import find_groups
+from runtime.predictor import BUILTIN, Predictor
 from runtime.stream import Task
-
-BUILTIN = "builtin"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="keep the groups that are finished there and would come out the same"
     )
+    parser.add_argument(
+        "--keep-sisms",
+        action="store_true",
+        help="also write the detector's SISMs, GROUP/sisms/NAME.png; later runs use them",
+    )
     several = parser.add_mutually_exclusive_group()
     several.add_argument(
         "--pack", action="store_true", help="several groups in one call; takes a model from icnet export --packed"
@@ -49,16 +53,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "-m",
         "--model",
         type=Path,
-        required=True,
-        help="an exported model, e.g. icnet.onnx; icnet.intra.onnx and icnet.banked.onnx beside it are its bank export",
+        help="an exported model, e.g. icnet.onnx; icnet.intra.onnx and icnet.banked.onnx beside it are its bank export "
+        "(default: the one that comes with this package, if there is one)",
     )
     parser.add_argument(
         "-s",
         "--sisms",
         metavar="DIR",
         help="folder with a SISM NAME.png per image (a data set: GROUP/NAME.png; default PATH/sism); "
-        f"or '{BUILTIN}': OpenCV's static saliency, a weak stand-in",
+        f"or '{BUILTIN}': OpenCV's static saliency, a weak stand-in. Without SISMs a detector makes them",
     )
+    add_detector_arguments(parser.add_argument)
     parser.add_argument("-t", "--threads", type=int, help="CPU threads (default: one per core)")
     add_device_argument(parser.add_argument)
 
@@ -72,18 +77,29 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ICNetError: nothing could be started.
     """
-    asked = outputs.chosen(args)
-    groups = find_groups(args.path, sism_folder(args.path, args.sisms))
-    bank = None if args.bank is None else Bank.load(args.bank)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with speaking(console, "icnet predict"):
+        return _run(args, console)
+
+
+def _run(args: argparse.Namespace, console: Console) -> int:
+    asked = outputs.chosen(args)
+    folder, detector = sism_source(args.path, args.sisms, args.sism_model)
+    if args.keep_sisms and (detector is None or detector == BUILTIN):
+        raise InputError("--keep-sisms keeps the SISMs of a detector: name its file with --sism-model")
+    groups = find_groups(args.path, folder)
+    bank = None if args.bank is None else Bank.load(args.bank)
     summary = Summary(groups, asked)
-    with open_predictor(args.model, args.threads, bank is not None, args.device) as predictor:
+    with open_predictor(args, detector, banks_only=bank is not None) as predictor:
         if args.pack and not predictor.packed:
             raise InputError(
-                f"{args.model}: takes one group at a time; --pack takes a model from icnet export --packed"
+                f"{predictor.path}: takes one group at a time; --pack takes a model from icnet export --packed"
             )
-        used = model_files(args.model, banks_only=bank is not None) | ({"bank": args.bank} if args.bank else {})
+        used = model_files(model_of(args), banks_only=bank is not None) | ({"bank": args.bank} if args.bank else {})
+        if predictor.detector is not None:
+            used[DETECTOR] = predictor.detector.path
         models = {role: (path, digest(path)) for role, path in used.items()}
+        detected = "" if predictor.detector is None else predictor.detector.settings
 
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -95,14 +111,19 @@ def run(args: argparse.Namespace) -> int:
                     try:
                         if group.problem is not None:
                             raise group.problem
-                        results = GroupResults(args.output / group.name, group, models, asked)
+                        results = GroupResults(
+                            args.output / group.name, group, models, asked, detected, args.keep_sisms
+                        )
                         if args.resume and results.finished():
                             summary.finished += 1
                             progress.advance(bar)
                             continue
                         task = Task(
-                            predictor.pipeline.reads(group.images, group.sisms, kept=bank is not None),
+                            predictor.pipeline.reads(
+                                group.images, results.kept_sisms if detected else group.sisms, kept=bank is not None
+                            ),
                             partial(outputs.writes, group, results, asked),
+                            results.keep_sism if args.keep_sisms else None,
                         )
                         results.begin()
                     except ICNetError as error:
@@ -121,27 +142,48 @@ def run(args: argparse.Namespace) -> int:
     if summary.failed and len(groups) > 1:
         console.print(f"{summary.failed} of {len(groups)} groups failed; mend them and go on with --resume")
     if summary.failed < len(groups):
-        for line in summary.lines(args.output, args.model, card):
+        for line in summary.lines(args.output, model_of(args), card):
             print(printable(line))
     return 2 if summary.failed else 0
 
 
-def open_predictor(model: Path, threads: int | None, banks_only: bool, device: str | None) -> Predictor:
-    """The Predictor of a model and of the bank export beside it, if there is one.
-
-    Args:
-        model: a model file; or the name that a bank export was given, which has no file of that name.
-        threads: CPU threads.
-        banks_only: leave the model itself out.
-        device: the value of --device.
+def model_of(args: argparse.Namespace) -> Path:
+    """The file that --model names, or the model that comes with this package.
 
     Raises:
-        InputError: the files don't run on that device.
+        InputError: there is neither.
+    """
+    model: Path | None = args.model or bundled("icnet.onnx")
+    if model is None:
+        raise InputError("no model: name one with --model, e.g. icnet.onnx from icnet export")
+    return model
+
+
+def open_predictor(args: argparse.Namespace, detector: str | Path | None, banks_only: bool) -> Predictor:
+    """The Predictor of --model and of the bank export beside it, if there is one.
+
+    Args:
+        args: with the options of `add_model_arguments`. --model may be the name that a bank export was given, which
+            has no file of that name.
+        detector: what makes the SISMs, as `sism_source` has it.
+        banks_only: leave the model itself out.
+
+    Raises:
+        InputError: the files don't run on the device.
         ModelError: no such files, or they can't be used.
     """
-    files = model_files(model, banks_only)
+    files = model_files(model_of(args), banks_only)
     banks = (files["intra"], files["banked"]) if "banked" in files else None
-    return Predictor(files.get("model"), bank_export=banks, threads=threads, providers=providers(device, model))
+    on_device = model_of(args) if detector in (None, BUILTIN) else Path(detector or "")
+    return Predictor(
+        files.get("model"),
+        bank_export=banks,
+        threads=args.threads,
+        providers=providers(args.device, on_device),
+        sism_model=detector,
+        sism_normalise=args.sism_normalise,
+        sism_minmax=args.sism_minmax,
+    )
 
 
 def model_files(model: Path, banks_only: bool) -> dict[str, Path]:
@@ -156,19 +198,3 @@ def model_files(model: Path, banks_only: bool) -> dict[str, Path]:
         raise ModelError(f"{missing[0]}: no such file; make it with icnet export --banked --output {model}")
     plain = {} if banks_only or (not model.exists() and not missing) else {"model": model}
     return plain | ({} if missing else banks)
-
-
-def sism_folder(path: Path, sisms: str | None) -> Path | None:
-    """The folder of the SISMs of what is at `path`, given --sisms; None for built-in ones.
-
-    Raises:
-        InputError: there is none, or nothing to predict at `path`.
-    """
-    check_folder(path)
-    if sisms == BUILTIN:
-        return None
-    if sisms is not None:
-        return Path(sisms)
-    if (path / "img").is_dir() and (path / "sism").is_dir():
-        return path / "sism"
-    raise InputError(f"{path}: no SISMs: name their folder with --sisms DIR, or take --sisms {BUILTIN}")

@@ -5,6 +5,7 @@ OUTPUT/GROUP/masks/NAME.png      its mask, and
 OUTPUT/GROUP/cutouts/NAME.png    its cut-out, if asked for
 OUTPUT/GROUP/boxes.json          the boxes of all images, if asked for
 OUTPUT/GROUP/contact_sheet.jpg
+OUTPUT/GROUP/sisms/NAME.png      the SISM that a detector made of it, if it is kept
 OUTPUT/GROUP/icnet.json          the record: what these were made from, and their digests
 
 The record is finished once all results are there. Before that, it says which files are `icnet predict`'s: each result
@@ -19,10 +20,14 @@ import stat
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from runtime.commands.outputs import BOXES, FOLDERS, SHEET, Outputs
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.commands.outputs import BOXES, FOLDERS, SHEET, SISMS, Outputs
 from runtime.errors import InputError, OutputError
 from runtime.files import (
     check_outputs,
@@ -36,8 +41,11 @@ from runtime.files import (
     write_json,
 )
 from runtime.groups import Group
+from runtime.preprocess import note, save_grey
 
 RECORD = "icnet.json"
+DETECTOR = "detector"  # the role of the file that made the SISMs
+SOURCE = "icnet-sism-of"  # the text in such a file that says what it was made from
 
 
 @dataclass(frozen=True)
@@ -56,13 +64,24 @@ class GroupResults:
         group: the group.
         models: every file by which the maps are computed, and its digest, under the name of its role.
         asked: what is written.
+        detected: how the detector in `models` is run, if the SISMs are its own; else "".
+        keep: its SISMs are results too.
+
+    Attributes:
+        kept_sisms: of each image the SISM that an earlier run kept, if this detector made it of this image.
 
     Raises:
         InputError: an image or SISM can't be read.
     """
 
     def __init__(
-        self, folder: Path, group: Group, models: Mapping[str, tuple[Path, str]], asked: Outputs | None = None
+        self,
+        folder: Path,
+        group: Group,
+        models: Mapping[str, tuple[Path, str]],
+        asked: Outputs | None = None,
+        detected: str = "",
+        keep: bool = False,
     ) -> None:
         asked = asked or Outputs()
         self.folder = folder
@@ -72,9 +91,18 @@ class GroupResults:
         self._made_from: dict[str, Any] = {
             "models": {role: sha256 for role, (_, sha256) in models.items()},
             "images": {image.name: digest(image) for image in group.images},
-            "sisms": "builtin" if group.sisms is None else {sism.name: digest(sism) for sism in group.sisms},
+            "sisms": {sism.name: digest(sism) for sism in group.sisms or ()} or detected or "builtin",
             **asked.settings(),
         }
+        self._sources: dict[str, str] = {}  # of each SISM's name, what it is made from
+        if detected:
+            of = f"{models[DETECTOR][1]} {detected}"
+            images = self._made_from["images"].values()
+            names = [f"{SISMS}/{image.stem}.png" for image in group.images]
+            self._sources = {name: f"{of} {sha256}" for name, sha256 in zip(names, images, strict=True)}
+        kept = self._kept()
+        self.kept_sisms = [folder / name if name in kept else None for name in self._sources]
+        self._digests |= kept if not keep else dict.fromkeys(self._sources) | kept
 
     def finished(self) -> bool:
         """Whether the folder holds, untouched, what this group and these models gave an earlier run."""
@@ -85,6 +113,25 @@ class GroupResults:
             and set(record.files) == set(self._digests)
             and all(self._holds(name, sha256) for name, sha256 in record.files.items())
         )
+
+    def _kept(self) -> dict[str, str]:
+        """The SISMs there that need not be made again, and their digests."""
+        record = self._record() if self._sources else None
+        files = record.files if record else {}
+        return {
+            name: files[name]
+            for name, source in self._sources.items()
+            if name in files and self._holds(name, files[name]) and note(self.folder / name, SOURCE) == source
+        }
+
+    def keep_sism(self, index: int, sism: NDArray[np.uint8]) -> None:
+        """Write the SISM of one of the images, uint8 [height, width] of its size.
+
+        Raises:
+            OutputError: it can't be written.
+        """
+        name, source = [*self._sources.items()][index]
+        self.write(name, partial(save_grey, sism, notes={SOURCE: source}))
 
     def begin(self) -> None:
         """Clear the way for new results. Only files that `icnet predict` made are overwritten or deleted.
