@@ -8,9 +8,11 @@ groups made by cut and paste take the place of data sets.
 import argparse
 import datetime
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,8 +26,10 @@ from evaluation.dataset import BUILTIN, Dataset, Maps, evaluate, find_dataset
 from evaluation.metrics import BETA2, TITLES
 from evaluation.record import SISMS, labels, recording, versions
 from runtime import DependencyError, InputError, Predictor
+from runtime.commands.detector import add_detector_arguments, speaking
 from runtime.commands.device import add_device_argument, providers
 from runtime.commands.options import number, share
+from runtime.detector import Detector
 from runtime.errors import how_to_install
 from runtime.files import bank_files, check_outputs, digest, same_file, write_picture
 from training.groups import add_group_arguments, add_material_arguments
@@ -113,6 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-m", "--models", type=Path, nargs="+", default=[], metavar="MODEL", help=f"{models}DATA/GROUP/NAME.png)")
     sisms = "folder with GROUP/NAME.png (several data sets: DATA/GROUP/NAME.png); default: sism in each data set; or "
     add("-s", "--sisms", metavar="DIR", help=f"{sisms}'{BUILTIN}': OpenCV's static saliency, a weak stand-in")
+    add_detector_arguments(add)
     add("-t", "--threads", type=int, metavar="N", help="CPU threads of a model (default: one per core)")
     add_device_argument(add)
     add("-o", "--output", type=Path, metavar="JSON", help="write the results, with all curves")
@@ -169,13 +174,31 @@ def measure(datasets: list[Dataset], args: argparse.Namespace, progress: Progres
         for _ in progress.track(dataset.check(), len(dataset.groups), description=f"reading {escape(dataset.name)}"):
             pass
     results = Results(BETA2, [])
-    for dataset in datasets:
-        results.datasets.append(_measure_one(dataset, args, progress))
-        progress.console.print(results.datasets[-1].table())
+    with ExitStack() as opened:
+        detector: Detector | None = None
+        if args.sism_model is not None and args.sism_model != BUILTIN:
+            opened.enter_context(speaking(progress.console, "icnet evaluate"))
+            options = {"normalise": args.sism_normalise, "minmax": args.sism_minmax}
+            path = Path(args.sism_model)
+            detector = Detector(path, args.threads, providers(args.device, path), **options)
+            opened.callback(detector.close)
+        for dataset in datasets:
+            with TemporaryDirectory() as folder:  # every model gets the SISMs that are scored
+                if detector is not None:
+                    text = f"{escape(dataset.name)}, detector"
+                    steps = dataset.detect(detector, Path(folder))
+                    for _ in progress.track(steps, len(dataset.groups), description=text):
+                        pass
+                    dataset = find_dataset(dataset.path, Path(folder))
+                results.datasets.append(_measure_one(dataset, detector, args, progress))
+            progress.console.print(results.datasets[-1].table())
     return results
 
 
-def _measure_one(dataset: Dataset, args: argparse.Namespace, progress: Progress) -> DatasetScores:
+def _measure_one(
+    dataset: Dataset, detector: Detector | None, args: argparse.Namespace, progress: Progress
+) -> DatasetScores:
+    """Score the SISMs, which are the detector's if there is one, and every model."""
     rows: list[MapScores] = []
     empty = 0
 
@@ -188,7 +211,8 @@ def _measure_one(dataset: Dataset, args: argparse.Namespace, progress: Progress)
         rows.append(MapScores(label, source, sha256, found.mae, found.max_f, found.s, found.max_e, *curves))
 
     if dataset.sisms is not None:
-        score(SISMS, str(dataset.sisms), dataset.read(sisms for _, sisms in dataset.inputs()))
+        made_by = (str(dataset.sisms), None) if detector is None else (str(detector.path), digest(detector.path))
+        score(SISMS, made_by[0], dataset.read(sisms for _, sisms in dataset.inputs()), made_by[1])
     for label, model in zip(labels(args.models), args.models, strict=True):
         if model.is_dir():
             score(label, str(model), dataset.read(dataset.maps_in(_folder_of(dataset.path, model, args))))
@@ -209,15 +233,20 @@ def _find_datasets(args: argparse.Namespace) -> list[Dataset]:
 
 def _sisms(path: Path, args: argparse.Namespace) -> Path | str | None:
     """Where the SISMs of a data set are; None if there are none and nothing needs them."""
-    if args.sisms == BUILTIN:
+    if BUILTIN in (args.sisms, args.sism_model):
         return BUILTIN
+    if args.sism_model is not None:
+        return None
     if args.sisms is not None:
         return _folder_of(path, Path(args.sisms), args)
     if (path / "sism").is_dir():
         return path / "sism"
     if not path.is_dir() or (args.models and all(model.is_dir() for model in args.models)):
         return None
-    raise InputError(f"{path}: no SISMs: name their folder with --sisms DIR, or take --sisms {BUILTIN}")
+    raise InputError(
+        f"{path}: no SISMs: name their folder with --sisms DIR, or a detector with --sism-model FILE, or take --sisms "
+        f"{BUILTIN}"
+    )
 
 
 def _folder_of(path: Path, folder: Path, args: argparse.Namespace) -> Path:
@@ -232,8 +261,12 @@ def _check_options(args: argparse.Namespace) -> None:
         raise InputError("give either DATA, or --corrupt-sisms or --bank-sizes with --cutouts and --backgrounds")
     if made and not (args.cutouts and args.backgrounds and args.models):
         raise InputError("--corrupt-sisms and --bank-sizes need --cutouts, --backgrounds and --models")
-    if made and args.sisms:
-        raise InputError("--sisms is of data sets; groups made by cut and paste have their own")
+    if made and (args.sisms or args.sism_model):
+        raise InputError("--sisms and --sism-model are of data sets; groups made by cut and paste have their own SISMs")
+    if args.sisms and args.sism_model:
+        raise InputError("--sisms and --sism-model: give one, the SISMs or the detector that makes them")
+    if not args.sism_model and (args.sism_normalise is not None or args.sism_minmax is not None):
+        raise InputError("--sism-normalise and --sism-minmax are for a detector: name its file with --sism-model")
     if not made and (args.cutouts or args.backgrounds):
         raise InputError("--cutouts and --backgrounds go with --corrupt-sisms or --bank-sizes, not with DATA")
     if args.bank_sizes is None and (args.picture or args.show):
@@ -250,6 +283,7 @@ def _models(args: argparse.Namespace) -> list[Path]:
 def _inputs(datasets: list[Dataset], args: argparse.Namespace) -> list[Path | None]:
     """Everything that is read."""
     sisms = [Path(dataset.sisms) for dataset in datasets if dataset.sisms is not None]
+    sisms += [] if args.sism_model in (None, BUILTIN) else [Path(args.sism_model)]
     folders = [dataset.path / kind for dataset in datasets for kind in ("img", "gt")]
     return [*_models(args), *folders, *sisms, args.cutouts, args.backgrounds]
 

@@ -6,15 +6,17 @@ DATA/img/GROUP/NAME.jpg, DATA/gt/GROUP/NAME.png, DATA/sism/GROUP/NAME.png
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.metrics import Metrics, Scores
+from evaluation.metrics import FOREGROUND, Metrics, Scores
+from runtime.detector import Detector, Undetected, finished
 from runtime.errors import ICNetError, InputError
 from runtime.groups import Group, find_groups, matching
-from runtime.preprocess import ImageSource, grey_image, reads, rgb_image
+from runtime.preprocess import ImageSource, grey_image, made_here, reads, rgb_image, save_grey
 from runtime.threads import Workers
 
 BUILTIN = "builtin"
@@ -61,6 +63,25 @@ class Dataset:
                     yield group.images, group.sisms
                 else:
                     yield group.images, [pixels.sism for pixels in workers.run(reads(group.images, None))]
+
+    def detect(self, detector: Detector, folder: Path) -> Iterator[None]:
+        """Write the SISM that a detector makes of every image, group by group, to `folder`/GROUP/NAME.png.
+
+        Raises:
+            ICNetError: an image can't be read, or the detector fails; the message names the image.
+        """
+        with Workers() as workers:
+            for group in self.groups:
+                seen = workers.run([partial(detector.look, image) for image in group.images])
+                maps = detector(seen)
+                (folder / group.name).mkdir()
+
+                def save(path: Path, image: Undetected, tensor: NDArray[np.float32]) -> None:
+                    save_grey(finished(image, tensor), path)
+
+                files = [folder / group.name / f"{image.stem}.png" for image in group.images]
+                workers.run([partial(save, *one) for one in zip(files, seen, maps, strict=True)])
+                yield
 
     def maps_in(self, folder: Path) -> tuple[tuple[Path, ...], ...]:
         """The map of every image in `folder`, which has GROUP/NAME.png.
@@ -137,7 +158,9 @@ def evaluate(dataset: Dataset, maps: Iterable[Maps]) -> Metrics:
             if found is None or len(found) != len(ground_truths):
                 raise InputError(f"{len(found or ())} maps for {len(ground_truths)} images")
             for map_, gt in zip(found, ground_truths, strict=True):
-                scores.add(map_, grey_image(gt), str(gt))
+                levels = grey_image(gt)
+                # A map that serves as ground truth may have no value but 0 and 1 of 255.
+                scores.add(map_, levels > FOREGROUND if made_here(gt) else levels, str(gt))
         except ICNetError as error:
             raise type(error)(f"{dataset.name}, group {group.name}: {error}") from error
     try:

@@ -50,6 +50,35 @@ def test_a_bank(exports: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [f"00{i}.jpg" for i in range(1, 9)]
 
 
+def test_masks_of_rembg(exports: Path, tmp_path: Path) -> None:
+    """Masks as rembg writes them: NAME.png, grey, upright, of the photograph's size, hard-edged."""
+    photos, masks = tmp_path / "photos", tmp_path / "masks"
+    photos.mkdir()
+    masks.mkdir()
+    rng, turned = np.random.default_rng(0), Image.Exif()
+    turned[0x0112] = 6
+    for name, exif in (("a.jpg", None), ("b.jpeg", turned)):
+        Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(photos / name, exif=exif or b"")
+        mask = np.zeros((60, 40) if exif else (40, 60), np.uint8)
+        mask[10:30, 5:25] = 255
+        Image.fromarray(mask).save(masks / f"{Path(name).stem}.png")
+    (photos / "notes.txt").touch()
+    main = load("rembg_masks").main
+    main(exports, photos, masks, tmp_path / "out")
+    sources = [photos / "a.jpg", photos / "b.jpeg"]
+    with Predictor(exports) as predictor:
+        expected = predictor(sources, [masks / "a.png", masks / "b.png"])
+    for name, found in zip("ab", expected, strict=True):
+        with Image.open(tmp_path / f"out/{name}.png") as written:
+            assert abs(np.asarray(written) - found * 255).max() <= 0.51
+    Image.new("L", (60, 40)).save(masks / "b.png")
+    with pytest.raises(SystemExit, match=r"b\.png: L, \(60, 40\): not the mask of .*b\.jpeg \(40, 60\)"):
+        main(exports, photos, masks, tmp_path / "out")
+    (masks / "a.png").unlink()
+    with pytest.raises(SystemExit, match=r"a\.jpg: no mask .*a\.png; rembg p -om"):
+        main(exports, photos, masks, tmp_path / "out")
+
+
 def test_a_threaded_service(exports: Path) -> None:
     rng = np.random.default_rng(0)
     groups = [rng.integers(0, 256, (n, 40, 50, 4), dtype=np.uint8) for n in (1, 3, 2, 4)]
