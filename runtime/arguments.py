@@ -29,7 +29,7 @@ def images_alone(group: object) -> bool:
     if not isinstance(group, tuple | list) or len(group) != 2:
         return isinstance(group, Iterable) and not isinstance(group, UNORDERED)
     first = group[0]
-    return isinstance(first, UNORDERED | Image.Image) or (isinstance(first, np.ndarray) and first.ndim < 4)
+    return isinstance(first, (*UNORDERED, Image.Image)) or (isinstance(first, np.ndarray) and first.ndim < 4)
 
 
 def listed(sources: Iterable[ImageSource], what: str, ndim: int) -> list[ImageSource]:

@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 MAX_SIDE = 640  # pixels, of an image that a detector of any size sees: EGNet was trained on images of up to 400
 MULTIPLE = 32  # of pixels, of the sides for a network of unknown kind: most halve an image five times
+LARGEST = 8192  # of an axis of fixed size
 CALL_PIXELS = 8 * 320 * 320  # in a call of several images, which bounds its memory
 FLOATS = {"float32": np.float32, "float16": np.float16}
 OTHER_ENGINES = {".engine", ".plan", ".trt", ".mnn", ".xml"}
@@ -338,6 +339,8 @@ def _layout(path: Path, spec: TensorSpec) -> bool:
             f"{path}: not a detector: expected an image, [B, 3, H, W] or [B, H, W, 3] of float32, float16 or uint8, "
             f"found {spec}"
         )
+    if any(not 1 <= n <= LARGEST for n in spec.shape if isinstance(n, int)):
+        raise ModelError(f"{path}: {spec}: an axis outside 1 … {LARGEST}")
     return first == 3 or (last != 3 and _fixed(first) is None)
 
 
@@ -345,12 +348,15 @@ def _fixed(n: Dim) -> int | None:
     return n if isinstance(n, int) else None
 
 
-def _single(array: NDArray[Any], n: int) -> NDArray[np.float32]:
+def _single(array: Any, n: int) -> NDArray[np.float32]:
     """Float32 [n, h, w] of an output with one channel for n images; of any other output, [0, h, w]."""
+    if not isinstance(array, np.ndarray):  # ONNX has sequences and dictionaries too
+        return np.empty((0, 1, 1), np.float32)
     if array.ndim == 4 and 1 in (array.shape[1], array.shape[3]):
         array = array[:, 0] if array.shape[1] == 1 else array[..., 0]
     elif array.ndim == 2 and n == 1:
         array = array[None]
-    if array.ndim != 3 or len(array) != n:
+    if array.ndim != 3 or len(array) != n or min(array.shape) == 0:
         return np.empty((0, 1, 1), np.float32)
-    return array.astype(np.float32, copy=False) / np.float32(255 if array.dtype == np.uint8 else 1)
+    maps: NDArray[np.float32] = array.astype(np.float32, copy=False) / np.float32(255 if array.dtype == np.uint8 else 1)
+    return maps

@@ -28,7 +28,8 @@ BOXES = "boxes.json"
 KINDS = ("maps", "masks", "cutouts", "boxes")
 FORMATS = ("png", "webp")  # with an alpha channel
 SISMS = "sisms"  # the folder of the SISMs of a detector, if they are kept
-FOLDERS = {"": (".png",), SISMS: (".png",), "masks": (".png",), "cutouts": (".png", ".webp")}  # in a group's folder, and their suffixes
+# In a group's folder, and the suffixes in them.
+FOLDERS = {"": (".png",), SISMS: (".png",), "masks": (".png",), "cutouts": (".png", ".webp")}
 LEVEL = 0.5  # from which on a map's pixels count, unless --level says another, to tell how full it is
 
 
