@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from evaluation.metrics import FOREGROUND, Metrics, Scores
 from runtime.detector import Detector, Undetected, finished
 from runtime.errors import ICNetError, InputError
+from runtime.grey import made_here, save_grey
 from runtime.groups import Group, find_groups, matching
-from runtime.preprocess import ImageSource, grey_image, made_here, reads, rgb_image, save_grey
+from runtime.preprocess import ImageSource, grey_image, reads, rgb_image
 from runtime.threads import Workers
 
 BUILTIN = "builtin"

@@ -27,11 +27,11 @@ from runtime.contract import Dim, TensorSpec, check_contract
 from runtime.detector_families import FAMILIES, PRESETS, U2NET, Family, Normalisation, normalisation
 from runtime.errors import ICNetError, InputError, ModelError
 from runtime.files import check_model_file, check_seal
+from runtime.grey import grey_levels
 from runtime.preprocess import (
     BILINEAR,
     TOLERANCE,
     ImageSource,
-    grey_levels,
     name_of,
     resized,
     restore_map,

@@ -7,8 +7,7 @@ with; OpenCV's bilinear does not antialias and gives the network other pixels.
 import ctypes
 import os
 import stat
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,10 +18,10 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError, _imaging
-from PIL.PngImagePlugin import PngInfo
 
 from runtime.contract import SIZE
 from runtime.errors import InputError
+from runtime.grey import grey_levels, made_here, save_grey
 from runtime.groups import heif_hint
 from runtime.sisms import builtin_sism
 
@@ -34,7 +33,6 @@ MIN_SIDE = 2  # pixels: one row, one column or one pixel shows no object
 ORIENTATION = 0x0112  # EXIF tag
 TURNED = range(5, 9)  # its values by which width and height change places
 BILINEAR = Image.Resampling.BILINEAR
-SOFTWARE, MADE_BY = "Software", "icnet"  # the text in a PNG file that says so
 
 
 @dataclass(frozen=True)
@@ -161,26 +159,6 @@ def resized(image: Image.Image) -> NDArray[np.uint8]:
     return np.asarray(image.resize((SIZE, SIZE), BILINEAR))
 
 
-def made_here(source: ImageSource) -> bool:
-    """Whether a source is a file from `save_map`: of such a map the values 0 and 1 are real, and nearly nothing.
-
-    Any other image with these values alone is a mask of 0 and 1, whose owner takes 1 for salient.
-    """
-    return note(source, SOFTWARE) == MADE_BY
-
-
-def note(source: ImageSource, key: str) -> str | None:
-    """A text in a PNG file, as `save_grey` writes it; None if it has none."""
-    if isinstance(source, np.ndarray | Image.Image):
-        return None
-    try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes | bytearray) else source) as image:
-            text = image.info.get(key)
-    except Exception:  # whatever is wrong with it, it is not ours
-        return None
-    return text if isinstance(text, str) else None
-
-
 def grey_image(source: ImageSource, size: tuple[int, int] | None = None, name: str = "grey image") -> NDArray[np.uint8]:
     """Read a map or a ground truth, which need not be of the network's size.
 
@@ -232,26 +210,8 @@ def restores(pixels: GroupPixels, maps: NDArray[np.float32]) -> list[Callable[[]
 
 
 def save_map(tensor: NDArray[np.float32], path: str | os.PathLike[str] | BinaryIO) -> None:
-    """Write a map, float32 [height, width] in [0, 1], as a PNG file of 8-bit grey.
-
-    Most of a map is flat: run lengths give files as small as zlib's search for repetitions, in half the time.
-    """
+    """Write a map, float32 [height, width] in [0, 1], as a PNG file of 8-bit grey."""
     save_grey(grey_levels(tensor), path)
-
-
-def grey_levels(tensor: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """A map or a SISM in [0, 1] as its file has it: round(255·value), uint8."""
-    return np.rint(tensor * 255).astype(np.uint8)
-
-
-def save_grey(
-    grey: NDArray[np.uint8], path: str | os.PathLike[str] | BinaryIO, notes: Mapping[str, str] | None = None
-) -> None:
-    """Write uint8 [height, width] as `save_map` does, with notes as the file's text; see `made_here`."""
-    info = PngInfo()
-    for key, text in ({SOFTWARE: MADE_BY} | dict(notes or {})).items():
-        info.add_text(key, text)
-    Image.fromarray(grey).save(path, format="png", compress_type=zlib.Z_RLE, pnginfo=info)
 
 
 def read_image(source: ImageSource, name: str, mode: str, behind: tuple[int, int, int, int]) -> Image.Image:

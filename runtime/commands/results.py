@@ -40,8 +40,8 @@ from runtime.files import (
     write_bytes,
     write_json,
 )
+from runtime.grey import note, save_grey
 from runtime.groups import Group
-from runtime.preprocess import note, save_grey
 
 RECORD = "icnet.json"
 DETECTOR = "detector"  # the role of the file that made the SISMs

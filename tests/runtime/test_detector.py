@@ -20,7 +20,8 @@ from export.egnet_onnx import write_onnx as write_egnet
 from runtime import InputError, ModelError, Predictor
 from runtime.detector import MAX_SIDE, Detector, finished, network_sism
 from runtime.detector_families import PRESETS, normalisation
-from runtime.preprocess import resized, restore_map, rgb_image, save_grey, save_map, sism_tensor
+from runtime.grey import save_grey
+from runtime.preprocess import resized, restore_map, rgb_image, save_map, sism_tensor
 from tests.helpers import BIRDS
 from tests.runtime.detectors import detector_file, map_by_hand
 
