@@ -289,13 +289,11 @@ def _identified(file: BinaryIO) -> Image.Image:
     """Pillow's image of a file, which pillow-heif may read if Pillow alone can't."""
     try:
         return Image.open(file)
-    except UnidentifiedImageError:
+    except UnidentifiedImageError as error:
         try:
             import pillow_heif
         except ImportError:
-            pillow_heif = None
-        if pillow_heif is None:
-            raise
+            raise error from None
         pillow_heif.register_heif_opener()  # it turns images upright, and says so in their EXIF orientation
         file.seek(0)
         return Image.open(file)
