@@ -25,7 +25,11 @@ COMMANDS = {
     "predict": ("runtime.commands.predict", "cpu", "co-saliency maps and contact sheets for folders of images"),
     "bank": ("runtime.commands.bank", "cpu", "a bank of a group's images, to compare others with"),
     "export": ("export.to_onnx", "cpu,export", "a checkpoint to ONNX, proved to compute what the paper's network does"),
-    "build": ("export.build_engine", "tensorrt", "an exported model to a TensorRT engine, or to a file for MNN"),
+    "build": (
+        "export.build_engine",
+        "tensorrt",
+        "an exported model to a TensorRT engine, or to a file for OpenVINO or MNN",
+    ),
     "calibrate": ("calibration.calibrate", "cpu,calibrate", "an exported model to INT8, within a max_drop of accuracy"),
     "evaluate": (
         "evaluation.accuracy",

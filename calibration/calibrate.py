@@ -1,7 +1,7 @@
 """python calibration/calibrate.py: an exported model to INT8, calibrated on groups of images.
 
-The output is an ONNX file with explicit Q/DQ (see graph.py), which TensorRT builds into an engine and ONNX Runtime runs
-on a CPU. Layers that are not INT8 keep the precision of the calibrated model.
+The output is an ONNX file with explicit Q/DQ (see graph.py) for one engine: ONNX Runtime runs it on a CPU, OpenVINO and
+TensorRT build theirs from it. Layers that are not INT8 keep the precision of the calibrated model.
 """
 
 import sys
@@ -23,7 +23,7 @@ import onnxruntime
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from calibration.graph import ExportedModel, int8_share
+from calibration.graph import ENGINES, ExportedModel, int8_share
 from calibration.groups import CalibrationSet, Feeds, open_groups
 from calibration.ranges import METHODS, PERCENTILE, Ranges, collect, read_cache, write_cache
 from calibration.sensitivity import CURVE, PrecisionPlan, draw, read_precision_plan, record, scorer, search, table
@@ -32,6 +32,7 @@ from evaluation.metrics import Metrics
 from export.onnx_file import save_model
 from runtime import __version__
 from runtime.commands.detector import BUILTIN, sism_folder
+from runtime.contract import CALIBRATED_FOR
 from runtime.errors import DependencyError, InputError, how_to_install
 from runtime.files import check_outputs, digest, replacing, same_file, write_json
 from runtime.predictor import MAX_THREADS
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--groups", type=Path, required=True, help="a folder of images (one group), or a data set with img/GROUP/")
     add("-s", "--sisms", metavar="DIR", help=f"as for icnet predict (default GROUPS/sism), or '{BUILTIN}'")
     add("-o", "--output", type=Path, required=True, help="the .onnx file to write")
+    add("--engine", choices=ENGINES, help="what the file is for (default: onnxruntime; tensorrt for an FP16 export)")
     add("--method", choices=METHODS, default=DEFAULT_METHOD, help=f"where to cut ranges off (default {DEFAULT_METHOD})")
     add("--percentile", type=float, default=PERCENTILE, help=f"of --method percentile (default {PERCENTILE})")
     add("--rest", choices=("fp32", "fp16"), help="precision of the other layers, which must be the model's")
@@ -73,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     """
     _check(args)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    model = ExportedModel(args.onnx)
+    model = ExportedModel(args.onnx, args.engine)
     if args.rest not in (None, model.precision):
         raise InputError(
             f"{args.onnx}: is {model.precision}, so what is not int8 can't be {args.rest}: calibrate an export with "
@@ -108,7 +110,9 @@ def run(args: argparse.Namespace) -> int:
         ranges = _ranges(args, model, groups, progress)
         plan: PrecisionPlan | None = None
         if validation is not None:
-            score, steps = scorer(validation, args.threads), len(int8) + 2 + len(CURVE)
+            if model.engine == "tensorrt":
+                console.print("icnet calibrate: --max-drop is measured by ONNX Runtime on the CPU, for TensorRT too")
+            score, steps = scorer(validation, args.threads, model.engine), len(int8) + 2 + len(CURVE)
             bar = progress.add_task("searching", total=steps)
 
             def tracked(candidate: Path | onnx.ModelProto, what: str) -> Metrics:
@@ -166,6 +170,7 @@ def _describe(
     notes |= {
         "producer": f"icnet-deploy {__version__}",
         "precision": "int8",
+        CALIBRATED_FOR: model.engine,
         "rest": model.precision,
         "source": args.onnx.name,
         "source_sha256": digest(args.onnx),
@@ -207,7 +212,7 @@ def _report(args: argparse.Namespace, model: ExportedModel, plan: PrecisionPlan 
         Console().print(table(plan, model))
     print(
         f"{args.output}: {size / 1e6:.1f} MB, {size / args.onnx.stat().st_size:.0%} of the {model.precision} export; "
-        f"{share:.1%} of the convolutions' operations in int8, {_method(args)}"
+        f"{share:.1%} of the convolutions' operations in int8, {_method(args)}, for {model.engine}"
     )
     if plan is None or plan.reached:
         return 0

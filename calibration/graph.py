@@ -6,13 +6,15 @@ scale with its output; the branches of an addition share one scale. The first co
 stay in floating point, and so does all of the correlation: norms, products, softmax, min–max, sort, and the 1×1
 convolution that is a part of its products.
 
-The rest depends on the engine that runs the file:
+Activations are written for the engine that runs the file:
 
-- FP16, for TensorRT: nothing at a convolution's output, so that DQ, convolution, ReLU and the next layer's Q become one
-  kernel; the other side of a residual addition comes from a DQ, so that the addition is fused as well.
-- FP32, for ONNX Runtime on a CPU: it runs a convolution in int8 only where Q follows at once. So Q/DQ on one scale also
-  stand between a convolution and its ReLU, which computes the same. And it turns int8 into uint8, which CPUs are fast
-  at, only where a single DQ reads a Q; so residual additions read their other side as it is.
+- ONNX Runtime and OpenVINO, on a CPU: uint8. What is never negative, as behind a ReLU, has zero point 0 and so 255
+  levels; Q then cuts off what the ReLU does, and both engines fuse the two into the convolution. The rest has zero
+  point 128: OpenVINO takes signed int8 for another grid at some layers. ONNX Runtime runs a convolution in int8 only
+  where Q follows, so there is one behind every ReLU of a convolution, whatever reads it; and only where a single DQ
+  reads a Q, so residual additions read their other side as it is.
+- TensorRT, which takes zero point 0 only: int8. The other side of a residual addition comes from a DQ, so that the
+  addition is fused as well.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -23,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
-from onnx.helper import make_attribute, make_opsetid
+from onnx.helper import make_opsetid
 from onnxruntime.quantization import QuantType
 from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -41,6 +43,9 @@ ONE_SCALE = ("MaxPool", "Resize")  # the result is on the scale of the input
 # The inputs are on one scale. ONNX Runtime refuses concatenations with Q/DQ in FP16; there Q stands behind them alone,
 # and TensorRT moves it through to the inputs.
 JOINS = {"fp32": ("Concat", "Add"), "fp16": ("Add",)}
+RECTIFIERS = ("Relu", "Sigmoid", "Softmax")  # their results are never negative
+KEEPERS = (*ONE_SCALE, "Concat", "Add", "Mul")  # nor are those of these, if no input is
+ENGINES = ("onnxruntime", "openvino", "tensorrt")
 FP16_OPSET = 19  # the first in which Q and DQ have FP16 scales
 
 
@@ -58,6 +63,7 @@ class ExportedModel:
 
     Args:
         path: an .onnx file from `icnet export`, with uint8 inputs, in FP32 or FP16.
+        engine: one of `ENGINES`; None for "onnxruntime", or "tensorrt" for an FP16 export.
 
     Attributes:
         precision: "fp32" or "fp16".
@@ -67,7 +73,7 @@ class ExportedModel:
         ModelError: it can't be read, is quantised already, or is not such a file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, engine: str | None = None) -> None:
         self.path = path
         check_model_file(path)
         self.model = load_model(path)
@@ -93,6 +99,11 @@ class ExportedModel:
             for name in node.input:
                 self._readers.setdefault(name, []).append(node)
         self.precision = PRECISIONS[weights[f"{PREFIX}{FLOAT_LAYERS[0]}{SUFFIX}"].data_type]
+        self.engine = engine or ("onnxruntime" if self.precision == "fp32" else "tensorrt")
+        if self.precision == "fp16" and self.engine != "tensorrt":
+            raise ModelError(f"{path}: in FP16, which is for TensorRT; for {engine} calibrate an FP32 export")
+        self._uint8 = self.engine != "tensorrt"
+        self._positive = self._never_negative() if self._uint8 else set()
 
     @property
     def candidates(self) -> tuple[Layer, ...]:
@@ -106,15 +117,12 @@ class ExportedModel:
     def tensors(self, int8: Collection[str] | None = None) -> list[str]:
         """Names of the activations whose ranges are needed if these layers (None: all candidates) are int8."""
         convolutions, others = self._selected(int8)
-        rectified = [relu.output[0] for relu in self._relus(convolutions)]
-        return list(dict.fromkeys([*_scaled(convolutions, others), *rectified]))
+        return list(dict.fromkeys([*_scaled(convolutions, others), *self._rectified(convolutions)]))
 
-    def _relus(self, convolutions: Iterable[onnx.NodeProto]) -> list[onnx.NodeProto]:
-        """The ReLUs that are the only readers of a convolution, if Q/DQ stand between the two."""
-        if self.precision != "fp32":
-            return []
-        readers = [self._readers[n.output[0]] for n in convolutions]
-        return [nodes[0] for nodes in readers if [n.op_type for n in nodes] == ["Relu"]]
+    def _rectified(self, convolutions: Iterable[onnx.NodeProto]) -> list[str]:
+        """The outputs of the ReLUs that are the only readers of a convolution, if Q/DQ stand behind all of them."""
+        readers = [self._readers[n.output[0]] for n in convolutions] if self._uint8 else []
+        return [nodes[0].output[0] for nodes in readers if [n.op_type for n in nodes] == ["Relu"]]
 
     def _selected(self, int8: Collection[str] | None) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
         """The convolutions of these layers, and the other nodes before them that have Q/DQ on both sides."""
@@ -147,52 +155,54 @@ class ExportedModel:
         if not convolutions:
             return model
         limits = {name: ranges[name] for name in _scaled(convolutions, others)}
+        positive = self._positive & {*limits}
         for node in others:
             if node.op_type not in ONE_SCALE:
-                self._tie(limits, node)
+                self._tie(limits, positive, node)
         selected = {n.name for n in (*convolutions, *others)}
-        relus = self._relus(convolutions)
         for node in model.graph.node:
             if node.name in selected and node.op_type == "Resize":
                 self._resize_by_factor(model, node)
-            if node.name in {relu.name for relu in relus} and node.output[0] in limits:
-                # ONNX Runtime has no ReLU of int8 to int8, but a leaky one, by table.
-                node.op_type = "LeakyRelu"
-                node.attribute.append(make_attribute("alpha", 0.0))
         _drop_unread(model)
-        before = {relu.input[0]: limits.get(relu.output[0], ranges[relu.output[0]]) for relu in relus}
-        quantizer = self._quantizer(model, limits | before, selected)
-        for name in before:
+        ends = {name: ranges[name] for name in self._rectified(convolutions) if name not in limits}
+        quantizer = self._quantizer(model, limits | ends, selected, positive | {*ends})
+        for name in ends:
             quantizer.quantize_activation_tensor(name)
         quantizer.quantize_model()
         quantizer.model.topological_sort()
         quantised: onnx.ModelProto = quantizer.model.model
-        keep = selected | {relu.name for relu in relus}
-        if self.precision == "fp16":
+        keep = selected
+        if not self._uint8:
             keep |= {n.name for n in quantised.graph.node if n.op_type == "Add"}
-        _restore_floats(quantised, keep)
+        _restore_floats(quantised, keep, ends)
         _strip(quantised, self.model)
         return quantised
 
-    def _quantizer(self, model: onnx.ModelProto, limits: Ranges, nodes: Collection[str]) -> QDQQuantizer:
+    def _quantizer(
+        self, model: onnx.ModelProto, limits: Ranges, nodes: Collection[str], positive: Collection[str]
+    ) -> QDQQuantizer:
         dtype: type[np.floating] = np.float32
         if self.precision == "fp16":
             dtype = np.float16
             del model.opset_import[:]
             model.opset_import.append(make_opsetid("", FP16_OPSET))
-        data = {name: TensorData(lowest=dtype(-limit), highest=dtype(limit)) for name, limit in limits.items()}
+        lowest = 128 / 127 if self._uint8 else 1  # so the zero point is 128, and the numbers are those of int8
+        data = {
+            name: TensorData(lowest=dtype(0 if name in positive else -limit * lowest), highest=dtype(limit))
+            for name, limit in limits.items()
+        }
         return QDQQuantizer(
             model,
             per_channel=True,
             reduce_range=False,
             weight_qType=QuantType.QInt8,
-            activation_qType=QuantType.QInt8,
+            activation_qType=QuantType.QUInt8 if self._uint8 else QuantType.QInt8,
             tensors_range=TensorsData(CalibrationMethod.MinMax, data),
             nodes_to_quantize=sorted(nodes),
             nodes_to_exclude=[],
             op_types_to_quantize=["Conv", *ONE_SCALE, *JOINS[self.precision]],
             extra_options={
-                "ActivationSymmetric": True,
+                "ActivationSymmetric": not self._uint8,
                 "WeightSymmetric": True,
                 "QuantizeBias": False,
                 "ForceQuantizeNoInputCheck": True,
@@ -210,14 +220,25 @@ class ExportedModel:
         model.graph.initializer.append(numpy_helper.from_array(scales, f"{node.name}_scales"))
         node.input[:] = [node.input[0], "", f"{node.name}_scales"]
 
-    def _tie(self, limits: Ranges, node: onnx.NodeProto) -> None:
-        """Give the inputs of a concatenation or addition one limit, also before a resize."""
+    def _never_negative(self) -> set[str]:
+        """Names of the tensors that are 0 or more, whatever the images."""
+        found: set[str] = set()
+        for node in self.model.graph.node:  # in the order of computation
+            data = node.input[:1] if node.op_type in ONE_SCALE else node.input
+            if node.op_type in RECTIFIERS or (node.op_type in KEEPERS and {*data} <= found):
+                found.update(node.output)
+        return found
+
+    def _tie(self, limits: Ranges, positive: set[str], node: onnx.NodeProto) -> None:
+        """Give the inputs of a concatenation or addition one limit and one zero point, also before a resize."""
         sources = [self._producers[name] for name in node.input]
         tied = [n.input[0] if n.op_type == "Resize" else n.output[0] for n in sources]
         if node.op_type == "Concat":
             tied += node.output
         limit = max(limits[name] for name in tied)
         limits.update(dict.fromkeys(tied, limit))
+        if not {*tied} <= positive:
+            positive.difference_update(tied)
 
 
 def int8_share(model: onnx.ModelProto) -> float:
@@ -250,13 +271,13 @@ def _drop_unread(model: onnx.ModelProto) -> None:
             model.graph.node.remove(node)
 
 
-def _restore_floats(model: onnx.ModelProto, keep: Collection[str]) -> None:
-    """Let every node outside `keep` read tensors as they are, without Q/DQ."""
+def _restore_floats(model: onnx.ModelProto, keep: Collection[str], ends: Collection[str]) -> None:
+    """Let every node outside `keep` read tensors as they are, without Q/DQ, but those of `ends`."""
     sources = {n.output[0]: n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")}
     raw = {
         name: sources[n.input[0]].input[0]
         for name, n in sources.items()
-        if n.op_type == "DequantizeLinear" and n.input[0] in sources
+        if n.op_type == "DequantizeLinear" and n.input[0] in sources and sources[n.input[0]].input[0] not in ends
     }
     for node in model.graph.node:
         if node.name not in keep and node.op_type not in ("QuantizeLinear", "DequantizeLinear"):

@@ -19,6 +19,7 @@ from calibration.graph import ExportedModel
 from calibration.ranges import Ranges
 from evaluation.dataset import Dataset, evaluate
 from evaluation.metrics import Metrics
+from export.onnx_file import load_model
 from runtime.errors import InputError
 from runtime.files import write_picture
 from runtime.predictor import Predictor
@@ -64,13 +65,18 @@ class PrecisionPlan:
     curve: tuple[Point, ...]
 
 
-def scorer(dataset: Dataset, threads: int | None = None) -> Score:
-    """A function that scores a model on a data set."""
+def scorer(dataset: Dataset, threads: int | None = None, engine: str = "onnxruntime") -> Score:
+    """A function that scores a model on a data set: run by OpenVINO for "openvino", else by ONNX Runtime."""
 
     def score(model: Path | onnx.ModelProto, what: str) -> Metrics:
         with tempfile.TemporaryDirectory() as folder:
             path = model if isinstance(model, Path) else Path(folder) / "icnet.onnx"
-            if not isinstance(model, Path):
+            if engine == "openvino":
+                from export.to_openvino import convert
+
+                path = Path(folder) / "icnet.xml"
+                convert(load_model(model) if isinstance(model, Path) else model, path, path.with_suffix(".bin"))
+            elif not isinstance(model, Path):
                 onnx.save(model, path)
             with Predictor(path, threads=threads) as predictor:
                 return evaluate(dataset, predictor.predict_groups(dataset.inputs()))

@@ -27,7 +27,7 @@ from evaluation.metrics import BETA2, TITLES
 from evaluation.record import SISMS, labels, recording, versions
 from runtime import DependencyError, InputError, Predictor
 from runtime.commands.detector import add_detector_arguments, speaking
-from runtime.commands.device import add_device_argument, providers
+from runtime.commands.device import add_device_argument, place
 from runtime.commands.options import number, share
 from runtime.detector import Detector
 from runtime.errors import how_to_install
@@ -180,7 +180,7 @@ def measure(datasets: list[Dataset], args: argparse.Namespace, progress: Progres
             opened.enter_context(speaking(progress.console, "icnet evaluate"))
             options = {"normalise": args.sism_normalise, "minmax": args.sism_minmax}
             path = Path(args.sism_model)
-            detector = Detector(path, args.threads, providers(args.device, path), **options)
+            detector = Detector(path, args.threads, **place(args.device, path), **options)
             opened.callback(detector.close)
         for dataset in datasets:
             with TemporaryDirectory() as folder:  # every model gets the SISMs that are scored
@@ -217,7 +217,7 @@ def _measure_one(
         if model.is_dir():
             score(label, str(model), dataset.read(dataset.maps_in(_folder_of(dataset.path, model, args))))
         else:
-            with Predictor(model, threads=args.threads, providers=providers(args.device, model)) as predictor:
+            with Predictor(model, threads=args.threads, **place(args.device, model)) as predictor:
                 score(label, str(model), predictor.predict_groups(dataset.inputs()), digest(model))
     return DatasetScores(dataset.name, str(dataset.path), len(dataset.groups), dataset.images, empty, rows)
 

@@ -20,7 +20,7 @@ from evaluation.metrics import TITLES, Scores
 from evaluation.record import SISMS
 from runtime import Bank, InputError, Predictor
 from runtime.commands.contact_sheet import contact_sheet
-from runtime.commands.device import providers
+from runtime.commands.device import place
 from runtime.contract import SIZE
 from runtime.files import bank_files, digest, write_picture
 from training.groups import find_material
@@ -87,8 +87,8 @@ def measure(args: argparse.Namespace, progress: Progress) -> tuple[Results, Imag
     maker = find_material(args)
     if args.show is not None and args.show not in maker.names:
         raise InputError(f"{args.cutouts}: no class {args.show} in it")
-    where = providers(args.device, args.models[0])
-    with Predictor(bank_export=bank_files(args.models[0]), threads=args.threads, providers=where) as predictor:
+    where = place(args.device, args.models[0])
+    with Predictor(bank_export=bank_files(args.models[0]), threads=args.threads, **where) as predictor:
         results = score(args, maker, predictor, progress)
         picture = show(predictor, _group(args, maker, 0, args.show), results.sizes[-1])
     progress.console.print(results.table())

@@ -21,7 +21,7 @@ from rich.table import Table
 from evaluation.metrics import TITLES, Scores
 from evaluation.record import SISMS, labels
 from runtime import Predictor
-from runtime.commands.device import providers
+from runtime.commands.device import place
 from runtime.files import digest, write_picture
 from training.groups import find_material
 
@@ -89,7 +89,7 @@ def measure(args: argparse.Namespace, progress: Progress) -> Results:
     scores = {label: [Scores() for _ in shares] for label in (SISMS, *names)} | {label: [Scores()] for label in blind}
     with ExitStack() as models:
         predictors = {
-            name: models.enter_context(Predictor(path, threads=args.threads, providers=providers(args.device, path)))
+            name: models.enter_context(Predictor(path, threads=args.threads, **place(args.device, path)))
             for name, path in names.items()
         }
         for i in progress.track(range(args.groups), description="groups"):

@@ -1,4 +1,4 @@
-"""python export/build_engine.py: an exported model to a TensorRT engine, or to a file for MNN."""
+"""python export/build_engine.py: an exported model to a TensorRT engine, or to a file for OpenVINO or MNN."""
 
 import sys
 from pathlib import Path
@@ -22,13 +22,16 @@ from export.tensorrt_api import layer_table
 from export.tensorrt_engine import Options, Profile, build_engine, default_profiles, gaps, trtexec_commands
 from runtime.errors import InputError
 
+CPU_BACKENDS = {"openvino": "OpenVINO", "mnn": "MNN"}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `icnet build`."""
     add = parser.add_argument
     add("--onnx", type=Path, required=True, help="an exported model")
     add("-o", "--output", type=Path, required=True, help="the engine to write; OUTPUT.json describes it")
-    add("--backend", choices=("tensorrt", "mnn"), default="tensorrt", help="mnn: for CPUs; it has no more options")
+    add("--backend", choices=("tensorrt", *CPU_BACKENDS), default="tensorrt", help="openvino and mnn: for CPUs")
+    add("--precision", choices=("fp32", "bf16"), help="openvino: of all that is not INT8 (default fp32)")
     add("--max", type=int, help="largest group; alone, profiles tuned for 1, 5 and 32 images, up to this size")
     add("--min", type=int, help="one profile only: smallest group (default 1)")
     add("--opt", type=int, help="one profile only: group size to tune for (default 5)")
@@ -53,8 +56,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InputError: options that exclude each other; and what `build_engine`, `build_mnn` and `trtexec_commands` raise.
     """
-    if args.backend == "mnn":
-        return _build_mnn(args)
+    if args.backend in CPU_BACKENDS:
+        return _build_for_cpu(args)
+    if args.precision:
+        raise InputError("--precision: is for OpenVINO; a TensorRT engine has the precision of its ONNX file")
     profiles = _profiles(args)
     options = Options(
         workspace=args.workspace,
@@ -91,20 +96,31 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _build_mnn(args: argparse.Namespace) -> int:
-    given = [name for name, value in vars(args).items() if value not in (None, False, [])]
-    if foreign := [name for name in given if name not in ("backend", "onnx", "output")]:
+def _build_for_cpu(args: argparse.Namespace) -> int:
+    name = CPU_BACKENDS[args.backend]
+    given = [option for option, value in vars(args).items() if value not in (None, False, [])]
+    own = ("backend", "onnx", "output", *(["precision"] if args.backend == "openvino" else []))
+    if foreign := [option for option in given if option not in own]:
+        whose = "OpenVINO" if foreign[0] == "precision" else "TensorRT"
         raise InputError(
-            f"--{foreign[0].replace('_', '-')}: is for TensorRT; leave it out, an MNN file takes any group size"
+            f"--{foreign[0].replace('_', '-')}: is for {whose}; leave it out, an {name} file takes any group size"
         )
-    from export.to_mnn import build_mnn
-
     console = Console()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        record = build_mnn(args.onnx, args.output, progress)
+        if args.backend == "mnn":
+            from export.to_mnn import build_mnn
+
+            record = build_mnn(args.onnx, args.output, progress)
+        else:
+            from export.to_openvino import build_openvino
+
+            record = build_openvino(args.onnx, args.output, args.precision or "fp32", progress)
+    files = [args.output, *([args.output.with_suffix(".bin")] if args.backend == "openvino" else [])]
+    size = sum(file.stat().st_size for file in files) / 1e6
     print(
-        f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, MNN {record['mnn']}, {TAKES[record['kind']]}; "
+        f"{args.output}: {size:.1f} MB, {name} {record[args.backend]}, {TAKES[record['kind']]}; "
         f"|Δ| to ONNX Runtime: {record['max']:.1e} at most, {record['mean']:.1e} on average"
+        + (", in FP32, as this CPU has no BF16" if args.precision == "bf16" and record["proved"] == "fp32" else "")
     )
     return 0
 

@@ -18,7 +18,17 @@ from rich.progress import Progress
 from export import tensorrt_api as api
 from export.onnx_file import load_model, metadata, read_bytes, tensors
 from runtime import __version__
-from runtime.contract import BANK, ENGINE_NAME, FLOAT_INPUTS, FLOAT_OUTPUTS, INPUTS, WEIGHTS, TensorSpec, check_contract
+from runtime.contract import (
+    BANK,
+    CALIBRATED_FOR,
+    ENGINE_NAME,
+    FLOAT_INPUTS,
+    FLOAT_OUTPUTS,
+    INPUTS,
+    WEIGHTS,
+    TensorSpec,
+    check_contract,
+)
 from runtime.errors import DependencyError, InputError, ModelError
 from runtime.files import check_outputs, remove, replacing, write_bytes
 from runtime.tensorrt_library import load_first, log_of
@@ -136,7 +146,16 @@ def build_engine(
 
     log = log_of(trt)
     with log.listening() as heard:
-        builder, network, _parser = api.parse(trt, log.logger, heard, onnx_path, data)
+        try:
+            builder, network, _parser = api.parse(trt, log.logger, heard, onnx_path, data)
+        except ModelError as error:
+            made_for = (_notes(onnx_path, data) or {}).get(CALIBRATED_FOR, "tensorrt")
+            if made_for == "tensorrt":
+                raise
+            raise ModelError(
+                f"{onnx_path}: calibrated for {made_for}, with uint8 numbers that TensorRT does not take; calibrate it "
+                "with --engine tensorrt"
+            ) from error
         _check_profiles(onnx_path, _group_size(onnx_path, *api.tensors(network)), profiles)
         _check_bank(onnx_path, api.tensors(network)[0], options)
         if options.tf32 and (narrow := api.narrow_types(network)):
@@ -145,10 +164,7 @@ def build_engine(
                 "to the order of pixels, which TF32 would change; leave out --tf32"
             )
         config = _configure(trt, builder, network, profiles, options)
-        try:
-            notes = metadata(load_model(onnx_path, data, weights=False))
-        except DependencyError:  # without onnx
-            notes = None
+        notes = _notes(onnx_path, data)
         if notes and WEIGHTS in notes:
             network.name = ENGINE_NAME + notes[WEIGHTS]  # an engine carries this, and nothing else of ours
 
@@ -260,6 +276,13 @@ def _group_size(path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[Tens
         return check_contract(path, inputs, outputs).size
     n = inputs[0].shape[0]
     return n if isinstance(n, int) else None
+
+
+def _notes(onnx_path: Path, data: bytes) -> dict[str, str] | None:
+    try:
+        return metadata(load_model(onnx_path, data, weights=False))
+    except (DependencyError, ModelError):  # without onnx; or not an ONNX model, as TensorRT has said
+        return None
 
 
 def _check_profiles(path: Path, size: int | None, profiles: Sequence[Profile]) -> None:

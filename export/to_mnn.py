@@ -19,22 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 from rich.progress import Progress
 
-from export.noise import ALLOWED_FLOORS, NEGLIGIBLE_MAX, NEGLIGIBLE_MEAN, with_winograd_noise
-from export.onnx_file import cpu_session, load_model, metadata, read_bytes, tensors
+from export.cpu_proof import Call, Outputs, check_dynamic, prove, run_onnx, sample_calls
+from export.noise import WINOGRAD, with_noise
+from export.onnx_file import load_model, metadata, read_bytes, tensors
 from runtime import __version__
-from runtime.contract import FILE_DIGEST, SIZE, ExportKind, Interface, check_contract
+from runtime.contract import FILE_DIGEST, Interface, check_contract
 from runtime.errors import DependencyError, ModelError, how_to_install, one_line
 from runtime.files import UNSEALED, check_outputs, replacing, seal, write_bytes
 
 WORKER = Path(__file__).with_name("mnn_worker.py")
-GROUP_SIZES = (1, 2, 5, 12)
-
-Call = dict[str, NDArray[Any]]  # an array for each input
-Outputs = list[NDArray[np.float32]]
 
 
 def build_mnn(onnx_path: Path, output: Path, progress: Progress | None = None) -> dict[str, Any]:
@@ -75,35 +70,20 @@ def build_mnn(onnx_path: Path, output: Path, progress: Progress | None = None) -
         bar = progress.add_task("converting", total=3)
         found = convert(onnx_path, model, temporary, json.dumps(notes), calls)
         progress.update(bar, advance=1, description="comparing")
-        expected = _run_onnx(onnx_path, data, calls)
+        expected = run_onnx(onnx_path, data, calls)
         progress.advance(bar)
-        if not all(np.isfinite(array).all() for array in expected):
-            raise ModelError(f"{onnx_path}: computes NaN or infinite values; its weights may be damaged")
-        noisy = _run_onnx(onnx_path, with_winograd_noise(model), calls)
+        noisy = run_onnx(onnx_path, with_noise(model, WINOGRAD), calls)
         progress.advance(bar)
-        delta, floor = _difference(found, expected), _difference(noisy, expected)
-        factor = ALLOWED_FLOORS["winograd"]
-        most, mean = factor * floor.max(), factor * floor.mean()
-        if interface.kind is not ExportKind.INTRA:
-            most, mean = max(most, NEGLIGIBLE_MAX), max(mean, NEGLIGIBLE_MEAN)
-        if not (delta.max() <= most and delta.mean() <= mean):
-            raise ModelError(
-                f"{output}: not written: MNN's {interface.output.name} differ from ONNX Runtime's by "
-                f"{delta.max():.1e} at most and {delta.mean():.1e} on average, where rounding explains {most:.1e} and "
-                f"{mean:.1e}"
-            )
+        difference = prove(output, "MNN", interface, "winograd", found, expected, noisy)
         notes[FILE_DIGEST] = seal(temporary)
-    return notes | {"kind": interface.kind, "max": float(delta.max()), "mean": float(delta.mean())}
+    return notes | {"kind": interface.kind, **difference}
 
 
 def _check(path: Path, model: Any, interface: Interface) -> None:
     """Raise ModelError for a model that MNN would not run as it is written."""
     from onnx import TensorProto
 
-    if fixed := [spec for spec in interface.inputs if isinstance(spec.shape[0], int)]:
-        raise ModelError(
-            f"{path}: exported for a fixed size, {fixed[0]}; export it with dynamic axes (icnet export does)"
-        )
+    check_dynamic(path, interface)
     if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
         raise ModelError(
             f"{path}: in INT8, which MNN's converter does not take in this form; run it with ONNX Runtime, or build "
@@ -155,29 +135,6 @@ def spell_out(model: Any) -> Any:
     return model
 
 
-def sample_calls(interface: Interface) -> list[Call]:
-    """Seeded groups of smooth noise, and degenerate ones: a black image, SISMs of all 0 and of all 1."""
-    rng = np.random.default_rng(0)
-
-    def smooth(n: int, channels: int, cells: int) -> NDArray[np.uint8]:
-        pixels = rng.integers(0, 256, (n, cells, cells, channels), np.uint8)
-        return np.stack([np.asarray(Image.fromarray(p).resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for p in pixels])
-
-    groups = [(smooth(n, 3, 12), smooth(n, 3, 6)[..., 0]) for n in GROUP_SIZES]
-    images, sisms = groups[1]
-    black = images.copy()
-    black[1] = 0
-    groups += [(black, sisms), (images, np.zeros_like(sisms)), (images, np.full_like(sisms, 255))]
-    calls: list[Call] = [{"images": images, "sisms": sisms} for images, sisms in groups]
-    for call in calls:
-        n = len(call["images"])
-        if interface.kind is ExportKind.PACKED:
-            call["groups"] = rng.choice(np.array([7, -3], np.int32), n)
-        if interface.kind is ExportKind.BANKED:
-            call["bank"] = rng.standard_normal((n * n, interface.inputs[-1].sizes[0]), np.float32)
-    return calls
-
-
 def convert(onnx_path: Path, model: Any, output: Path, notes: str, calls: Sequence[Call]) -> Outputs:
     """Write an .mnn file, unchecked; returns its outputs for the calls.
 
@@ -202,19 +159,3 @@ def convert(onnx_path: Path, model: Any, output: Path, notes: str, calls: Sequen
         write_bytes(output, Path(folder, "model.mnn").read_bytes())
         with np.load(Path(folder, "outputs.npz")) as outputs:
             return [outputs[str(i)] for i in range(len(calls))]
-
-
-def _run_onnx(onnx_path: Path, data: bytes, calls: Sequence[Call]) -> Outputs:
-    session = cpu_session(onnx_path, data)
-    try:
-        return [session.run(None, call)[0] for call in calls]
-    except Exception as error:  # ONNX Runtime's exceptions have no common base
-        raise ModelError(f"{onnx_path}: ONNX Runtime can't run it: {one_line(error)}") from error
-
-
-def _difference(found: Outputs, expected: Outputs) -> NDArray[np.floating]:
-    """|Δ| of all values of all calls; infinite where a value is not finite, or an output has another shape."""
-    pairs = zip(found, expected, strict=True)
-    deltas = [np.abs(f - e) if f.shape == e.shape else np.full(e.shape, np.inf) for f, e in pairs]
-    delta = np.concatenate(deltas)
-    return np.where(np.isfinite(delta), delta, np.inf)

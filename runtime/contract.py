@@ -13,8 +13,11 @@ SIZE = 224  # side of the network's input and output, pixels
 
 # Not needed to run: the digest of the network's weights. Files of the same network have the same digest.
 WEIGHTS = "weights_sha256"  # its key in an ONNX file's metadata
+# Nor this: the engine that an INT8 file was calibrated for: "onnxruntime", "openvino" or "tensorrt".
+CALIBRATED_FOR = "calibrated_for"  # its key in an ONNX file's metadata
 # Nor this: the digest of the file, by which damage is noticed (see `runtime.files.seal`).
 FILE_DIGEST = "icnet_file_sha256"  # its key in an ONNX file's metadata, and in the notes in an MNN file
+XML_DIGEST = f"{FILE_DIGEST}_xml"  # and in an OpenVINO file, which may hold the ONNX file's beside it
 # Nor this: what the checkpoint is for, in a line.
 MAX_CARD = 200  # characters
 CARD = "icnet_card"  # its key in a checkpoint, and in an ONNX file's metadata

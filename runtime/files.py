@@ -21,9 +21,9 @@ from runtime.groups import suffixes
 
 TAIL = 1 << 16  # bytes at the end of a model file, in which its metadata are
 UNSEALED = "0" * 64  # stands for a file's digest until the digest is known
-# As protobuf writes an entry of ONNX's metadata, or as JSON writes one of the notes in an MNN file. MNN's converter
-# copies ONNX's metadata in a third form, and with it the ONNX file's digest.
-SEAL = re.compile(FILE_DIGEST.encode() + rb'(?:\x12\x40|": ")(.{64})', re.DOTALL)
+# As protobuf writes an entry of ONNX's metadata, as JSON writes one of the notes in an MNN file, or as an OpenVINO file
+# has it. The converters of both copy ONNX's metadata in other forms, and with it the ONNX file's digest.
+SEAL = re.compile(FILE_DIGEST.encode() + rb'(?:\x12\x40|": "|_xml value=")(.{64})', re.DOTALL)
 TEMPORARY = re.compile(r"\.icnet-[0-9a-f]{16}(\.[^.]*)?")  # names that `replacing` makes
 _swept: set[Path] = set()  # folders that this process has searched for the temporary files of dead runs
 
@@ -192,10 +192,11 @@ def utf8_name(path: Path) -> bool:
 
 
 def seal(path: Path) -> str:
-    """Write a model file's digest into it: over the digits of `UNSEALED` behind the key `FILE_DIGEST`.
+    """Write a model file's digest into it: over the digits of `UNSEALED` behind `FILE_DIGEST`, or `XML_DIGEST`.
 
     The digest is the SHA-256 of the file's bytes, with 64 zeros in the digest's own place. So neither writing nor
-    checking it takes a parser, and it covers graph and weights alike.
+    checking it takes a parser, and it covers graph and weights alike. OpenVINO's weights are
+    in a file of their own, whose digest the .xml holds.
     """
     with path.open("r+b") as file:
         place = _seal(file)
@@ -210,7 +211,7 @@ def check_seal(path: Path, data: bytes | None = None) -> None:
     """Check a model file against the digest in it. A file without one passes: another tool's, or an older export.
 
     Args:
-        path: an .onnx or .mnn file.
+        path: an .onnx, .mnn or .xml file.
         data: its bytes, if they are read already.
 
     Raises:

@@ -17,6 +17,7 @@ from runtime.backends import Backend
 from runtime.backends.mnn import MnnBackend
 from runtime.backends.onnx import CPU, OnnxBackend
 from runtime.backends.onnx_gpu import Provider, name_of
+from runtime.backends.openvino import OpenVinoBackend
 from runtime.backends.tensorrt import TensorRTBackend
 from runtime.bank import Bank
 from runtime.bank_models import BankModels, differ, most_images
@@ -24,6 +25,7 @@ from runtime.contract import INPUTS, ExportKind, TensorSpec
 from runtime.detector import Detector
 from runtime.errors import ICNetError, InputError, ModelError
 from runtime.files import check_model_file, check_seal
+from runtime.openvino_library import CPU as OPENVINO_CPU
 from runtime.pipeline import Pipeline
 from runtime.preprocess import ImageSource, restores
 from runtime.stream import Task
@@ -35,6 +37,7 @@ BUILTIN = "builtin"
 MAX_THREADS = 1024
 ENGINE_SUFFIXES = {".engine", ".plan", ".trt"}
 MNN_SUFFIX = ".mnn"
+OPENVINO_SUFFIX = ".xml"
 GroupSources = tuple[Iterable[ImageSource], Iterable[ImageSource] | None] | Iterable[ImageSource]  # images, and SISMs
 Maps = list[NDArray[np.float32]]  # of a group
 CHECKPOINT_SUFFIXES = {".pth", ".pt", ".ckpt", ".safetensors"}
@@ -64,7 +67,8 @@ class Predictor:
 
     Args:
         model: an .onnx file from `icnet export`, run by ONNX Runtime on the CPU; an .mnn file from `icnet build
-            --backend mnn`, run by MNN on the CPU; or a TensorRT engine (.engine, .plan or .trt) from `icnet build` or
+            --backend mnn`, run by MNN on the CPU; an .xml file from `icnet build --backend openvino`, with its .bin
+            beside it, run by OpenVINO; or a TensorRT engine (.engine, .plan or .trt) from `icnet build` or
             `trtexec`, run on a GPU. May be left out if `bank_export` is given.
         bank_export: the files (intra, banked) of a bank export, or what was built from them. Beside a model they run
             the groups that are too large for it.
@@ -74,16 +78,17 @@ class Predictor:
             `detector_families.PRESETS`, "MEAN,STD", or (mean, std).
         sism_minmax: whether its maps are stretched to 0 … 1; None for what its family does.
         threads: the size of the pool that decodes, resizes and writes images, and the threads of a call of ONNX
-            Runtime or MNN; None for one per core.
+            Runtime, OpenVINO or MNN; None for one per core.
         providers: ONNX Runtime: execution providers in order of preference, e.g. ["CUDAExecutionProvider"]; one that
             was asked for and can't be used is an error. On NVIDIA GPUs groups go through page-locked buffers.
-        device: TensorRT: the GPU's number.
+        device: TensorRT: the GPU's number. OpenVINO: its name of a device, "CPU", "GPU", "GPU.1" or "NPU". None for
+            the first GPU, or for OpenVINO's CPU. ONNX files have `providers` for it.
         slots: TensorRT: groups in flight at once, each with buffers for the largest group; at least 2.
         allow_host_code: TensorRT: load an engine that brings code for the CPU, as version-compatible ones do.
         max_images: images in one call when groups are packed or run in chunks; a group that needs no chunks may be
             larger. None for the engine's largest size, or 32 with ONNX Runtime.
         max_delay_ms: packed models: the longest that a group which could start waits for groups of other threads.
-        verify: whether .onnx and .mnn files are checked against the SHA-256 that `icnet export`, `calibrate` and
+        verify: whether .onnx, .mnn and .xml files are checked against the SHA-256 that `icnet export`, `calibrate` and
             `build` write into them. A file without one is accepted. An engine is compared with its sidecar, if it has
             one, in any case.
 
@@ -110,7 +115,7 @@ class Predictor:
         sism_minmax: bool | None = None,
         threads: int | None = None,
         providers: Sequence[Provider] = (CPU,),
-        device: int = 0,
+        device: int | str | None = None,
         slots: int = 2,
         allow_host_code: bool = False,
         max_images: int | None = None,
@@ -126,6 +131,8 @@ class Predictor:
             raise InputError("sism_normalise and sism_minmax are for a detector: name its file with sism_model")
         if threads is not None and not (isinstance(threads, int) and 1 <= threads <= MAX_THREADS):
             raise InputError(f"threads={threads!r}: expected 1 to {MAX_THREADS}, or None for one per core")
+        if not (device is None or (isinstance(device, int | str) and not isinstance(device, bool))):
+            raise InputError(f"device={device!r}: expected a GPU's number, the name of an OpenVINO device, or None")
         if not (isinstance(slots, int) and slots >= 2):
             raise InputError(f"slots={slots!r}: expected at least 2, so that copies overlap with computing")
         if max_images is not None and not (isinstance(max_images, int) and max_images >= 1):
@@ -140,11 +147,20 @@ class Predictor:
                 raise ModelError(
                     f"{path}: a checkpoint; export it first: icnet export --checkpoint {path} --output {onnx}"
                 )
-            if path.suffix.lower() in ENGINE_SUFFIXES:
-                backend: Backend = TensorRTBackend(path, slots=slots, device=device, allow_host_code=allow_host_code)
-            elif path.suffix.lower() == MNN_SUFFIX:
-                if verify:
-                    check_seal(path)  # before the file is used: MNN can crash on a damaged one
+            suffix = path.suffix.lower()
+            if isinstance(device, str) and suffix != OPENVINO_SUFFIX:
+                raise InputError(f"device={device!r}: is for OpenVINO's files (.xml), which {path} is not")
+            if verify and suffix in (MNN_SUFFIX, OPENVINO_SUFFIX):
+                check_seal(path)  # before the file is used: MNN can crash on a damaged one
+            if suffix in ENGINE_SUFFIXES:
+                backend: Backend = TensorRTBackend(
+                    path, slots=slots, device=device or 0, allow_host_code=allow_host_code
+                )
+            elif suffix == OPENVINO_SUFFIX:
+                if isinstance(device, int):
+                    raise InputError(f'device={device}: {path} takes OpenVINO\'s name of a device, as "CPU" or "GPU"')
+                backend = OpenVinoBackend(path, threads, device or OPENVINO_CPU, verify)
+            elif suffix == MNN_SUFFIX:
                 backend = MnnBackend(path, threads)
             else:
                 with beside(partial(check_seal, path)) if verify else nullcontext():

@@ -1,12 +1,16 @@
 """One module per engine, all with the same few names."""
 
+import logging
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.contract import Interface
+from runtime.contract import ExportKind, Interface
+from runtime.errors import ModelError
+
+logger = logging.getLogger(__name__)
 
 
 class Pending(Protocol):
@@ -41,3 +45,30 @@ class Backend(Protocol):
     def close(self) -> None:
         """Free everything; groups in work are finished first."""
         ...
+
+
+def check_sizes(path: Path, interface: Interface, images: int, bank_size: int, remedy: str) -> None:
+    """Raise ModelError for groups, or banks, of another size than a model was built for.
+
+    Args:
+        path: the model's file, for the message.
+        interface: its tensors.
+        images: in the group.
+        bank_size: SIVs in the bank.
+        remedy: the command that makes files for any number.
+    """
+    rows = interface.inputs[-1].shape[0] if interface.kind is ExportKind.BANKED else None
+    for what, size, found in (("groups", interface.size, images), ("banks", rows, bank_size)):
+        if isinstance(size, int) and size != found:
+            raise ModelError(
+                f"{path}: built for {what} of exactly {size} images, got {found}; {remedy} makes files for any number"
+            )
+
+
+def warn_of_other_engine(path: Path, made_for: str | None, engine: str) -> None:
+    """Log a warning for an INT8 file whose ranges and rounding are another engine's; it runs all the same."""
+    if made_for not in (None, engine):
+        logger.warning(
+            "%s: calibrated for %s, and run by %s: its accuracy was not measured there (icnet calibrate --engine %s)",
+            path, made_for, engine, engine,
+        )  # fmt: skip

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.backends import check_sizes
 from runtime.backends.onnx import Finished
 from runtime.contract import SIZE, WEIGHTS, ExportKind, TensorSpec, card_of, check_contract
 from runtime.errors import DependencyError, ICNetError, ModelError, how_to_install, one_line
@@ -86,13 +87,7 @@ class MnnBackend:
     def check_group(self, images: int, bank_size: int = 1) -> None:
         """Raise ModelError if the model is for groups or banks of another size, or if tensors get too large for MNN."""
         kind = self.interface.kind
-        rows = self.interface.inputs[-1].shape[0] if kind is ExportKind.BANKED else None
-        for what, size, found in (("groups", self.interface.size, images), ("banks", rows, bank_size)):
-            if size not in (None, found):
-                raise ModelError(
-                    f"{self.path}: built for {what} of exactly {size} images, got {found}; "
-                    "icnet build --backend mnn makes files for any number"
-                )
+        check_sizes(self.path, self.interface, images, bank_size, "icnet build --backend mnn")
         pairs = {ExportKind.INTRA: 0, ExportKind.BANKED: images * bank_size}.get(kind, images**2)
         if max(images * self._image_bytes, pairs * PAIR_BYTES) > MAX_BYTES:
             beside = f" with a bank of {bank_size}" if kind is ExportKind.BANKED else ""

@@ -15,10 +15,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.backends import onnx_gpu
+from runtime.backends import onnx_gpu, warn_of_other_engine
 from runtime.backends.cuda_driver import PageLocked, unfit
 from runtime.backends.onnx_gpu import Provider
-from runtime.contract import GROUPS, WEIGHTS, ExportKind, Interface, TensorSpec, card_of, check_contract
+from runtime.contract import (
+    CALIBRATED_FOR,
+    GROUPS,
+    WEIGHTS,
+    ExportKind,
+    Interface,
+    TensorSpec,
+    card_of,
+    check_contract,
+)
 from runtime.errors import DependencyError, ICNetError, InputError, ModelError, how_to_install, one_line
 from runtime.files import check_model_file, utf8_name
 from runtime.threads import native_calls
@@ -69,9 +78,11 @@ class OnnxBackend:
         self._session: Any = started.session  # None: closed
         self.interface = _interface(path, self._session)
         self.largest = self.interface.size or onnx_gpu.largest(providers)
-        notes = self._session.get_modelmeta().custom_metadata_map
+        notes: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
         self.weights_digest: str | None = notes.get(WEIGHTS)
         self.card = card_of(notes)
+        engine = "tensorrt" if onnx_gpu.TENSORRT in wanted else "onnxruntime"
+        warn_of_other_engine(path, notes.get(CALIBRATED_FOR), engine)
         self._bindings: _Bindings | None = None
         self._last = ort.RunOptions()  # frees the memory of the call; allocating it again takes time
         self._last.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")

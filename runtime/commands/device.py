@@ -7,7 +7,7 @@ from typing import Any
 from runtime.backends.onnx import CPU
 from runtime.backends.onnx_gpu import Provider
 from runtime.errors import InputError
-from runtime.predictor import ENGINE_SUFFIXES, MNN_SUFFIX
+from runtime.predictor import ENGINE_SUFFIXES, MNN_SUFFIX, OPENVINO_SUFFIX
 
 PROVIDERS: dict[str, list[Provider]] = {
     "cpu": [CPU],
@@ -16,18 +16,21 @@ PROVIDERS: dict[str, list[Provider]] = {
 }
 
 
+OPENVINO = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}  # its names of devices
+
+
 def add_device_argument(add: Callable[..., Any]) -> None:
     """The option of a command, by its parser's `add_argument`."""
     add(
         "--device",
-        choices=PROVIDERS,
-        help="where ONNX files run; cuda and tensorrt need onnxruntime-gpu (default: cpu). Engines need none: they run "
-        "on the GPU",
+        choices=(*PROVIDERS, *(name for name in OPENVINO if name not in PROVIDERS)),
+        help="where files run (default: cpu). ONNX files: cuda and tensorrt need onnxruntime-gpu. OpenVINO files: gpu "
+        "and npu are Intel's. Engines need none: they run on the GPU",
     )
 
 
-def providers(device: str | None, *models: Path) -> list[Provider]:
-    """ONNX Runtime's execution providers for --device; None for the CPU.
+def place(device: str | None, *models: Path) -> dict[str, Any]:
+    """What --device says to a Predictor: its arguments `providers` and `device`.
 
     Args:
         device: the option's value.
@@ -42,4 +45,10 @@ def providers(device: str | None, *models: Path) -> list[Provider]:
             raise InputError(f"{model}: --device {device}: a TensorRT engine runs on the GPU; leave out --device")
         if suffix == MNN_SUFFIX and device not in (None, "cpu"):
             raise InputError(f"{model}: --device {device}: an MNN file runs on the CPU; leave out --device")
-    return PROVIDERS[device or "cpu"]
+        if suffix == OPENVINO_SUFFIX and device not in (None, *OPENVINO):
+            raise InputError(f"{model}: --device {device}: an OpenVINO file runs on {', '.join(OPENVINO)}")
+        if suffix not in (*ENGINE_SUFFIXES, MNN_SUFFIX, OPENVINO_SUFFIX) and device not in (None, *PROVIDERS):
+            raise InputError(f"{model}: --device {device}: is for OpenVINO files; build one with icnet build")
+    if models and all(model.suffix.lower() == OPENVINO_SUFFIX for model in models):
+        return {"device": OPENVINO[device or "cpu"]}
+    return {"providers": PROVIDERS[device or "cpu"]}

@@ -12,13 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from runtime.bank import Bank
 from runtime.commands import outputs
 from runtime.commands.detector import add_detector_arguments, sism_source, speaking
-from runtime.commands.device import add_device_argument, providers
+from runtime.commands.device import add_device_argument, place
 from runtime.commands.results import DETECTOR, GroupResults
 from runtime.commands.summary import Summary
 from runtime.errors import ICNetError, InputError, ModelError, printable
 from runtime.files import bank_files, bundled, digest
 from runtime.groups import find_groups
-from runtime.predictor import BUILTIN, Predictor
+from runtime.predictor import BUILTIN, OPENVINO_SUFFIX, Predictor
 from runtime.stream import Task
 
 
@@ -174,15 +174,16 @@ def open_predictor(args: argparse.Namespace, detector: str | Path | None, banks_
     """
     files = model_files(model_of(args), banks_only)
     banks = (files["intra"], files["banked"]) if "banked" in files else None
-    on_device = model_of(args) if detector in (None, BUILTIN) else Path(detector or "")
+    model = model_of(args)
+    beside = detector in (None, BUILTIN) or model.suffix.lower() == OPENVINO_SUFFIX
     return Predictor(
         files.get("model"),
         bank_export=banks,
         threads=args.threads,
-        providers=providers(args.device, on_device),
         sism_model=detector,
         sism_normalise=args.sism_normalise,
         sism_minmax=args.sism_minmax,
+        **place(args.device, model if beside else Path(detector or "")),
     )
 
 

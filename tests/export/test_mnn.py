@@ -11,8 +11,9 @@ import onnx
 import pytest
 
 from export import to_mnn
+from export.cpu_proof import sample_calls
 from export.onnx_file import save_model
-from export.to_mnn import build_mnn, convert, sample_calls
+from export.to_mnn import build_mnn, convert
 from runtime import DependencyError, ICNetError, ModelError, Predictor
 from runtime.backends.mnn import MnnBackend
 from runtime.contract import CARD, FILE_DIGEST, INTERFACES, WEIGHTS

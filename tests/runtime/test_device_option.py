@@ -4,7 +4,7 @@ import pytest
 
 from runtime.backends import onnx as backend
 from runtime.backends.onnx import CPU, OnnxBackend
-from runtime.commands.device import providers
+from runtime.commands.device import place
 from runtime.files import bank_files
 from tests.helpers import BIRDS
 from tests.simulated_gpu import Gpu, install
@@ -73,7 +73,7 @@ def test_cuda_goes_through_the_bindings(icnet, exports, tmp_path, monkeypatch):
     gpu = install(Gpu(), monkeypatch)
     monkeypatch.setattr(backend, "CUDA", (CPU,))
     monkeypatch.setattr(backend, "DEVICE", "cpu")
-    monkeypatch.setitem(providers.__globals__["PROVIDERS"], "cuda", [CPU])
+    monkeypatch.setitem(place.__globals__["PROVIDERS"], "cuda", [CPU])
     assert icnet(*command("predict", exports, tmp_path / "out"), "--device", "cuda")[0] == 0
     assert gpu.made["page-locked memory"] > 0
     assert gpu.leaks() == {}
