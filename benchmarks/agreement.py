@@ -27,7 +27,8 @@ from export.reference import ReferenceICNet
 from export.to_onnx import write_onnx
 from runtime.contract import ExportKind
 from runtime.errors import ModelError
-from runtime.predictor import MNN_SUFFIX
+from runtime.openvino_library import noted_precision
+from runtime.predictor import MNN_SUFFIX, OPENVINO_SUFFIX
 
 PRECISIONS = ("fp32", "fp16", "int8")  # in the notes of an export
 FLOORS = 4.0  # of noise, that the mean of |Δ| may reach
@@ -68,6 +69,8 @@ def precision_of(path: Path) -> str:
     """
     if path.suffix.lower() == MNN_SUFFIX:
         return "winograd"
+    if path.suffix.lower() == OPENVINO_SUFFIX:
+        return noted_precision(path) or "int8"
     try:
         notes = metadata(load_model(path, weights=False))
     except ModelError:  # not an ONNX file; whether it is a model at all shows when it is started

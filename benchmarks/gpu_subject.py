@@ -60,7 +60,7 @@ class Subject:
         if path.exists():
             return path
         if precision == "int8":
-            model = ExportedModel(self.onnx("fp32"))
+            model = ExportedModel(self.onnx("fp32"), "tensorrt")
             feeds = [{"images": images, "sisms": sisms} for images, sisms in self.groups]
             ranges = collect(model.path, model.model, model.tensors(), lambda _: feeds, "minmax")
             onnx.save(model.quantised(ranges), path)

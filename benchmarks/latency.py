@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from rich.markup import escape
 
-from benchmarks import end_to_end, gpu
+from benchmarks import best, end_to_end, gpu
 from benchmarks.agreement import Agreement, bounds, judged, precision_of, prepare
 from benchmarks.command import add_common_arguments, check_models, measuring
 from benchmarks.machine import available_memory, header, matrix_product
@@ -55,7 +55,7 @@ from evaluation.record import labels
 from export.icnet import ICNet
 from export.onnx_file import total_flop
 from runtime import ICNetError, InputError, ModelError, Predictor
-from runtime.commands.options import number
+from runtime.commands.options import number, share
 from runtime.files import digest
 
 Maps = NDArray[np.float32]
@@ -65,7 +65,11 @@ ROUNDS = {"cpu": 7, "cuda": 30}
 MIN_WARM_UPS = {"cpu": 2, "cuda": 6}  # each of two slots captures its CUDA graph at the second call of a size
 PRODUCT = "matrix product"
 # The runners that are also timed from files to files, and the file that each of them runs.
-FILES = {"ours, ONNX Runtime": OURS_ONNX, "ours, TensorRT FP16": Path(HALF_ONNX).with_suffix(".engine").name}
+FILES = {
+    "ours, ONNX Runtime": OURS_ONNX,
+    "ours, OpenVINO": Path(OURS_ONNX).with_suffix(".fp32.xml").name,
+    "ours, TensorRT FP16": Path(HALF_ONNX).with_suffix(".engine").name,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(which is what is compared if none is given), and then their maps are judged",
     )
     add("--checkpoint", type=Path, help="default: random weights of width 1 (the time is the same)")
+    add("--best", action="store_true", help="race all that can be made of a checkpoint or export for this CPU")
+    add("--data", type=Path, help="of --best: data set with img/, gt/ and sism/; half calibrates INT8, half scores")
+    add("--max-drop", type=share, help="of --best: how much S-measure and max F may drop on --data (default 0.005)")
     add("--only", nargs="+", metavar="TEXT", help="only runners whose name holds one of these, e.g. ours OpenVINO")
     add("--sizes", type=number(), nargs="+", help="group sizes (default 1 2 5 10 20; on a GPU 1 5 16 64)")
     add("--rounds", type=number(), help="timed calls per runner and size (default 7; on a GPU 30)")
@@ -106,6 +113,11 @@ def run(args: argparse.Namespace) -> int:
         OutputError: the results can't be written.
     """
     check_models(args.models)
+    if args.best:
+        sizes, rounds = args.sizes or SIZES["cpu"], args.rounds or ROUNDS["cpu"]
+        return best.run(args, lambda files: Comparison(files, None, sizes, rounds, args.threads, seconds=args.seconds))
+    if args.data or args.max_drop is not None:
+        raise InputError("--data and --max-drop go with --best")
     sizes, rounds = args.sizes or SIZES[args.device], args.rounds or ROUNDS[args.device]
     card = gpu.find() if args.device == "cuda" else None
     output = args.output or (Path(f"benchmarks/results/gpu_{gpu.slug(card['gpu'])}.json") if card else None)

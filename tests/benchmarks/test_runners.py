@@ -31,13 +31,17 @@ def test_every_runner_runs_what_it_is_called(prepared, tmp_path):
     assert np.abs(maps["ours, ONNX Runtime"] - others[0]).mean() > 1e-2
 
 
-def test_openvino_computes_in_fp32(prepared):
+def test_openvino_computes_what_the_paper_does(prepared):
     pytest.importorskip("openvino")
     maps = []
-    for label in ("paper, PyTorch", "ours, OpenVINO"):
+    for label in ("paper, PyTorch", "ours, OpenVINO", "ours, OpenVINO BF16", "ours, OpenVINO by hand"):
         with RUNNERS[label].start(Setting(prepared, 1, [2])) as runner:
             maps.append(runner(*inputs(2)))
-    assert max(np.abs(m - maps[0]).mean() for m in maps) < 1e-3
+    differences = [np.abs(m - maps[0]).mean() for m in maps]
+    assert differences[1] < 1e-3
+    assert max(differences) < 2e-2
+    for precision in ("fp32", "bf16"):
+        assert precision_of(prepared / f"icnet.{precision}.xml") == precision
 
 
 def test_torch_compile_without_a_compiler(prepared, monkeypatch):
