@@ -126,8 +126,14 @@ def test_layers_that_stay_in_floating_point_read_tensors_as_they_are(calibrated)
         onnx.checker.check_model(quantised, full_check=True)
         producers = nodes_by_output(quantised)
         convolutions = [n for n in quantised.graph.node if n.op_type == "Conv"]
-        found = [n for n in convolutions if producers[n.input[0]].op_type == "DequantizeLinear"]
+        dequantised = [n for n in convolutions if producers[n.input[0]].op_type == "DequantizeLinear"]
+        found = [n for n in dequantised if n.input[1] in producers]
         assert len(found) == len(int8)
+        for node in dequantised:  # the others read what is one kernel with an int8 convolution and its ReLU
+            if node not in found:
+                relu = producers[producers[producers[node.input[0]].input[0]].input[0]]
+                assert relu.op_type == "Relu"
+                assert producers[relu.input[0]] in found
         assert int8_share(quantised) == pytest.approx(model.share(int8))
     assert "QuantizeLinear" not in {n.op_type for n in quantised.graph.node}
 
