@@ -24,7 +24,7 @@ from benchmarks.render import wide_console
 from evaluation.dataset import BUILTIN, Dataset, evaluate, find_dataset
 from evaluation.metrics import Metrics
 from runtime import ICNetError, InputError, Predictor
-from runtime.commands.predict import sism_folder
+from runtime.commands.detector import sism_folder
 from runtime.openvino_library import has_bf16
 
 FIRST = "onnxruntime.fp32.onnx"  # the default, with which all are compared

@@ -26,6 +26,7 @@ from evaluation.dataset import BUILTIN, Dataset, Maps, evaluate, find_dataset
 from evaluation.metrics import BETA2, TITLES
 from evaluation.record import SISMS, labels, recording, versions
 from runtime import DependencyError, InputError, Predictor
+from runtime.backends.onnx import CPU
 from runtime.commands.detector import add_detector_arguments, speaking
 from runtime.commands.device import add_device_argument, place
 from runtime.commands.options import number, share
@@ -180,7 +181,7 @@ def measure(datasets: list[Dataset], args: argparse.Namespace, progress: Progres
             opened.enter_context(speaking(progress.console, "icnet evaluate"))
             options = {"normalise": args.sism_normalise, "minmax": args.sism_minmax}
             path = Path(args.sism_model)
-            detector = Detector(path, args.threads, **place(args.device, path), **options)
+            detector = Detector(path, args.threads, place(args.device, path).get("providers", (CPU,)), **options)
             opened.callback(detector.close)
         for dataset in datasets:
             with TemporaryDirectory() as folder:  # every model gets the SISMs that are scored

@@ -81,7 +81,7 @@ class OnnxBackend:
         notes: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
         self.weights_digest: str | None = notes.get(WEIGHTS)
         self.card = card_of(notes)
-        engine = "tensorrt" if onnx_gpu.TENSORRT in wanted else "onnxruntime"
+        engine = "tensorrt" if onnx_gpu.TENSORRT in map(onnx_gpu.name_of, providers) else "onnxruntime"
         warn_of_other_engine(path, notes.get(CALIBRATED_FOR), engine)
         self._bindings: _Bindings | None = None
         self._last = ort.RunOptions()  # frees the memory of the call; allocating it again takes time
