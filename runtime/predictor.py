@@ -153,9 +153,8 @@ class Predictor:
             if verify and suffix in (MNN_SUFFIX, OPENVINO_SUFFIX):
                 check_seal(path)  # before the file is used: MNN can crash on a damaged one
             if suffix in ENGINE_SUFFIXES:
-                backend: Backend = TensorRTBackend(
-                    path, slots=slots, device=device or 0, allow_host_code=allow_host_code
-                )
+                number = device if isinstance(device, int) else 0
+                backend: Backend = TensorRTBackend(path, slots=slots, device=number, allow_host_code=allow_host_code)
             elif suffix == OPENVINO_SUFFIX:
                 if isinstance(device, int):
                     raise InputError(f'device={device}: {path} takes OpenVINO\'s name of a device, as "CPU" or "GPU"')
