@@ -266,37 +266,51 @@ def _ort_files(package: Path | None) -> dict[str, bytes]:
     Raises:
         DependencyError: the package can't be had, or is not the pinned one.
     """
-    content = _read(package) if package is not None else _downloaded()
-    if hashlib.sha256(content).hexdigest() != ORT_SHA256:
-        raise DependencyError(f"{package or ORT}: not the package {ORT} with SHA-256 {ORT_SHA256}")
-    found = {}
+    content = npm_package(ORT, ORT_SHA256, package)
+    wanted = {f"package/dist/{name}": name for name in ORT_FILES}
+    found: dict[str, bytes] = {}
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-        for name in ORT_FILES:
-            file = archive.extractfile(f"package/dist/{name}")
-            assert file is not None, name
-            found[name] = file.read()
+        for member in archive:  # in their order: going back would unpack all of it again
+            if member.name in wanted and (file := archive.extractfile(member)) is not None:
+                found[wanted[member.name]] = file.read()
     return found
 
 
-def _downloaded() -> bytes:
-    """The npm package, which is kept for the next time."""
+def npm_package(name: str, sha256: str, given: Path | None = None) -> bytes:
+    """The .tgz file of a package, NAME@VERSION, which npm downloads once: it is kept in the user's cache.
+
+    Args:
+        name: the package and its version.
+        sha256: of the file.
+        given: the file, if there is no npm to download it.
+
+    Raises:
+        DependencyError: it can't be had, or is another file.
+    """
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    kept = caches / "icnet-deploy" / f"{ORT.replace('@', '-')}.tgz"
-    if kept.is_file() and hashlib.sha256(content := _read(kept)).hexdigest() == ORT_SHA256:
+    kept = caches / "icnet-deploy" / f"{name.replace('@', '-')}.tgz"
+    if given is None and kept.is_file() and hashlib.sha256(content := _read(kept)).hexdigest() == sha256:
         return content
+    content = _read(given) if given is not None else _downloaded(name)
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise DependencyError(f"{given or 'npm'}: not the package {name} with SHA-256 {sha256}")
+    if given is None:
+        with suppress(OutputError), replacing(kept) as temporary:  # else it is downloaded again the next time
+            write_bytes(temporary, content)
+    return content
+
+
+def _downloaded(name: str) -> bytes:
     npm = shutil.which("npm")
     if npm is None:
-        raise DependencyError(f"{ORT}: npm is not installed, which downloads it; or give its .tgz file with --ort")
+        raise DependencyError(f"{name}: npm is not installed, which downloads it; or give its .tgz file with --ort")
     with tempfile.TemporaryDirectory() as folder:
-        packed = subprocess.run([npm, "pack", "--silent", ORT], cwd=folder, capture_output=True, text=True)
+        packed = subprocess.run([npm, "pack", "--silent", name], cwd=folder, capture_output=True, text=True)
         archives = [*Path(folder).glob("*.tgz")]
         if packed.returncode or not archives:
             reason = (packed.stderr.strip().splitlines() or ["no file came"])[-1]
-            raise DependencyError(f"{ORT}: npm pack failed: {reason}; or give its .tgz file with --ort")
-        content = _read(archives[0])
-    with suppress(OutputError), replacing(kept) as temporary:  # else it is downloaded again the next time
-        write_bytes(temporary, content)
-    return content
+            raise DependencyError(f"{name}: npm pack failed: {reason}; or give its .tgz file with --ort")
+        return _read(archives[0])
 
 
 def _read(path: Path) -> bytes:
