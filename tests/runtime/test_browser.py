@@ -361,18 +361,17 @@ def red_detector() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_accessibility(browser: Any, url: str, scheme: str) -> None:
-    """No serious finding of axe-core, with results on the page."""
+def test_accessibility(visit: Visit) -> None:
+    """No serious finding of axe-core in light or dark, with results on the page."""
     package = or_skip(lambda: npm_package(*AXE))
     with tarfile.open(fileobj=io.BytesIO(package)) as archive:
         script = archive.extractfile("package/axe.min.js")
         assert script is not None
         axe = script.read().decode()
-    visit = Visit(browser, url, color_scheme=scheme).started()
     visit.choose([file("a.png", png(picture()))], [file("a.png", png(picture(mode="L")))])
     visit.page.evaluate(axe)
-    found = visit.page.evaluate("axe.run()")
-    visit.context.close()
-    assert [v["id"] for v in found["violations"] if v["impact"] in ("serious", "critical")] == []
-    assert len(found["passes"]) > 20
+    for scheme in ("light", "dark"):
+        visit.page.emulate_media(color_scheme=scheme)
+        found = visit.page.evaluate("axe.run()")
+        assert [v["id"] for v in found["violations"] if v["impact"] in ("serious", "critical")] == []
+        assert len(found["passes"]) > 20
