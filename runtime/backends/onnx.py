@@ -358,21 +358,6 @@ def _interface(path: Path, session: Any) -> Interface:
     return check_contract(path, [spec_of(t) for t in session.get_inputs()], [spec_of(t) for t in session.get_outputs()])
 
 
-def tensors_of(path: Path) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """The inputs and outputs of any ONNX file.
-
-    Raises:
-        ModelError: not an ONNX file.
-    """
-    import onnxruntime as ort
-
-    check_model_file(path)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    session = _session(ort, path, options, [CPU])
-    return [_spec(t) for t in session.get_inputs()], [_spec(t) for t in session.get_outputs()]
-
-
 def _unused(groups: NDArray[np.int32]) -> int:
     """A number that no group of a call has."""
     return int(np.setdiff1d(np.arange(len(groups) + 1), groups)[0])

@@ -24,10 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime import __version__
-from runtime.commands.predict import model_files, sism_folder
+from runtime.backends.onnx import CPU, spec_of, start_session
+from runtime.commands.detector import has_sisms, sism_folder
+from runtime.commands.predict import model_files, model_of
 from runtime.contract import SIZE, TensorSpec
+from runtime.detector import INPUT, OUTPUT
 from runtime.errors import DependencyError, InputError, ModelError, OutputError, printable
-from runtime.files import check_outputs, check_seal, output_errors, replacing, write_bytes
+from runtime.files import bundled, check_outputs, check_seal, output_errors, replacing, write_bytes
 from runtime.groups import Group, find_groups
 from runtime.predictor import Predictor
 
@@ -46,7 +49,6 @@ CONFIG = "site.json"  # what the page reads; a folder that has it, made by this 
 MADE_BY = "icnet web"
 HEADERS = "_headers"  # as several hosts read it; `--serve` sends the same
 SHOWN = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp"}  # what browsers decode
-DETECTOR = (TensorSpec("images", "uint8", ("B", "H", "W", 3)), TensorSpec("sisms", "float32", ("B", "H", "W")))
 PORT = 8000
 
 
@@ -56,11 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-m",
         "--model",
         type=Path,
-        required=True,
-        help="an .onnx file from icnet export; if NAME.intra.onnx and NAME.banked.onnx lie beside it, these are taken: "
-        "maps appear one by one, and groups may be large",
+        help="an .onnx file from icnet export (default: the one that comes with this package, if there is one); if "
+        "NAME.intra.onnx and NAME.banked.onnx lie beside it, these are taken: maps appear one by one, and groups may be large",
     )
-    parser.add_argument("--sism-model", type=Path, help="a detector's .onnx file; without it visitors bring SISMs")
+    parser.add_argument(
+        "--sism-model",
+        type=Path,
+        help="a detector's .onnx file (default: as for --model); without it visitors bring SISMs",
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the site")
     parser.add_argument("--samples", type=Path, help="photographs to try: a folder, or a data set with img/GROUP/")
     parser.add_argument("-s", "--sisms", help="the samples' SISMs (a data set: default SAMPLES/sism)")
@@ -78,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ICNetError: nothing was built.
     """
-    build(args.output, args.model, args.sism_model, _samples(args), args.ort)
+    detector = args.sism_model or bundled("detector.onnx")
+    build(args.output, model_of(args), detector, _samples(args, detector is not None), args.ort)
     size = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file())
     print(printable(f"{args.output}: {size / 1e6:.1f} MB; host it with the headers in {args.output / HEADERS}"))
     if args.serve is not None:
@@ -205,11 +211,10 @@ def _noise(*shape: int) -> NDArray[np.uint8]:
 
 def _check_detector(path: Path) -> None:
     """Raise ModelError unless the file is a detector that the page can run."""
-    from runtime.backends.onnx import tensors_of
-
     check_seal(path)
-    inputs, outputs = tensors_of(path)
-    for expected, found in zip(DETECTOR, (inputs, outputs), strict=True):
+    session = start_session(path, None, [CPU]).session
+    tensors = [list(map(spec_of, found)) for found in (session.get_inputs(), session.get_outputs())]
+    for expected, found in zip((INPUT, OUTPUT), tensors, strict=True):
         spec = found[0] if len(found) == 1 else TensorSpec("", "", ())
         fixed = spec.shape[3:] == expected.shape[3:] and len(spec.shape) == len(expected.shape)
         if (spec.name, spec.dtype) != (expected.name, expected.dtype) or not fixed:
@@ -219,11 +224,11 @@ def _check_detector(path: Path) -> None:
             raise ModelError(f"{path}: takes {spec.shape[0]} images at once; a site runs it on one image at a time")
 
 
-def _samples(args: argparse.Namespace) -> list[Group]:
+def _samples(args: argparse.Namespace, detected: bool) -> list[Group]:
     if args.samples is None:
         return []
-    no_sisms = args.sisms is None and args.sism_model is not None
-    return find_groups(args.samples, None if no_sisms else sism_folder(args.samples, args.sisms))
+    detected = detected and args.sisms is None and not has_sisms(args.samples)
+    return find_groups(args.samples, None if detected else sism_folder(args.samples, args.sisms))
 
 
 def _sample(index: int, group: Group, detected: bool) -> dict[str, Any]:

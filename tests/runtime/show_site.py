@@ -1,6 +1,7 @@
 """Screenshots for docs/browser.md, or the speed and memory of a site.
 
-python -m tests.runtime.show_site SITE [--speed GROUPS]. SITE is what `make web` builds, with its samples. The pictures go to docs/; the numbers are printed.
+python -m tests.runtime.show_site SITE [--speed GROUPS]. SITE is what `make web` builds, with its samples. The pictures
+go to docs/; the numbers are printed.
 """
 
 import argparse
@@ -65,21 +66,17 @@ def measure(browser: Any, url: str, threads: int, groups: int) -> None:
         size = visit.page.locator(".card").count()
         times.append(float(visit.page.locator("#engine").get_attribute("data-milliseconds")) / 1000)
         memory.append(round(renderer()[0]))
-        print(
-            f"{threads} threads, {size} images: {times[-1]:.2f} s each, CPU {(renderer()[1] - before) / size:.2f} s each"
-        )
-    print(
-        f"{threads} threads: models loaded after {start:.1f} s; median {statistics.median(times):.2f} s; MB: {memory}"
-    )
+        cpu = (renderer()[1] - before) / size
+        print(f"{threads} threads, {size} images: {times[-1]:.2f} s each, {cpu:.2f} s of CPU each", flush=True)
+    median = statistics.median(times)
+    print(f"{threads} threads: models loaded after {start:.1f} s; median {median:.2f} s an image; MB: {memory}")
     visit.context.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("site", type=Path)
-    parser.add_argument(
-        "--speed", type=int, metavar="GROUPS", help="measure so many groups, by 1 and 2 threads"
-    )
+    parser.add_argument("--speed", type=int, metavar="GROUPS", help="measure so many groups, by 1 and 2 threads")
     args = parser.parse_args()
     with sync_playwright() as started, serving(args.site) as url:
         browser = launched(started)

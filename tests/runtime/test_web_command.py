@@ -34,8 +34,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def site(icnet: Run, exports: Path, package: Path, tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
-    """Build a site in tmp_path / "site" with more options."""
+def site(icnet: Run, exports: Path, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Build a site in tmp_path / "site" with more options; no models come with the package."""
+    monkeypatch.setattr(web, "bundled", lambda name: None)
 
     def build(*options: object, model: Path = exports) -> tuple[int, str, str]:
         return icnet("web", "--model", model, "--output", tmp_path / "site", "--ort", package, *options)
