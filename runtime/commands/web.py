@@ -59,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         type=Path,
         help="an .onnx file from icnet export (default: the one that comes with this package, if there is one); if "
-        "NAME.intra.onnx and NAME.banked.onnx lie beside it, these are taken: maps appear one by one, and groups may be large",
+        "NAME.intra.onnx and NAME.banked.onnx lie beside it, these are taken: maps appear one by one, and groups may "
+        "be large",
     )
     parser.add_argument(
         "--sism-model",
