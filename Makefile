@@ -2,8 +2,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 SAMPLE := tests/data/pasted
 GROUPS := 100000
+PORT := 8000
 
-.PHONY: demo test lint bench faults soak gpu-check weights clean
+.PHONY: demo web test lint bench faults soak gpu-check weights clean
 
 demo: .venv/demo  ## set up, export the demo checkpoint, run it on groups that it has never seen
 	@mkdir -p build
@@ -11,6 +12,11 @@ demo: .venv/demo  ## set up, export the demo checkpoint, run it on groups that i
 	$(BIN)/icnet predict $(SAMPLE) --model build/icnet.onnx --output build/demo
 	$(BIN)/icnet predict tests/data/bird --model build/icnet.onnx --sisms builtin --output build/demo
 	@echo "Look at build/demo/*/contact_sheet.jpg (this small network knows drawings only: on the photographs it fails)"
+
+web: .venv/demo  ## the page that runs in a browser, with the demo checkpoint, on http://127.0.0.1:PORT/ (needs npm)
+	@mkdir -p build/web
+	$(BIN)/icnet export --checkpoint weights/icnet_demo.pth --banked --output build/web/icnet.onnx
+	$(BIN)/icnet web --model build/web/icnet.onnx --samples $(SAMPLE) --output build/web/site --serve $(PORT)
 
 test: .venv/test  ## set up, run all tests, in as many processes as there are cores, at most 4
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
@@ -47,7 +53,7 @@ clean:
 
 .venv/demo: EXTRAS := cpu,opencv,export
 .venv/bench: EXTRAS := cpu,openvino,mnn,export,bench
-.venv/test: EXTRAS := cpu,openvino,mnn,opencv,export,evaluate,calibrate,train,test
+.venv/test: EXTRAS := cpu,openvino,mnn,opencv,export,evaluate,calibrate,train,test,web-test
 
 # An environment of its own: onnxruntime-gpu can't be beside onnxruntime. NVIDIA's tensorrt runs on every card that has
 # compute capability 7.5 or more; TensorRT-RTX, which is on PyPI, takes its place on some of them.

@@ -24,6 +24,7 @@ PACKAGES = ("runtime", "export", "training", "evaluation", "calibration", "bench
 COMMANDS = {
     "predict": ("runtime.commands.predict", "cpu", "co-saliency maps and contact sheets for folders of images"),
     "bank": ("runtime.commands.bank", "cpu", "a bank of a group's images, to compare others with"),
+    "web": ("runtime.commands.web", "cpu", "a static site that computes maps in the visitor's browser"),
     "export": ("export.to_onnx", "cpu,export", "a checkpoint to ONNX, proved to compute what the paper's network does"),
     "build": (
         "export.build_engine",

@@ -1,6 +1,7 @@
 """`icnet predict`: folders of images in, folders of co-saliency maps and contact sheets out."""
 
 import argparse
+from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from runtime.bank import Bank
 from runtime.commands import outputs
 from runtime.commands.detector import add_detector_arguments, sism_source, speaking
 from runtime.commands.device import add_device_argument, place
+from runtime.commands.report import Report
 from runtime.commands.results import DETECTOR, GroupResults
 from runtime.commands.summary import Summary
 from runtime.errors import ICNetError, InputError, ModelError, printable
@@ -20,6 +22,8 @@ from runtime.files import bank_files, bundled, digest
 from runtime.groups import find_groups
 from runtime.predictor import BUILTIN, OPENVINO_SUFFIX, Predictor
 from runtime.stream import Task
+
+ENGINES = {".onnx": "ONNX Runtime", ".mnn": "MNN", OPENVINO_SUFFIX: "OpenVINO"}  # by a model file's suffix; of others, TensorRT
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="keep the groups that are finished there and would come out the same"
     )
+    parser.add_argument("--report", action="store_true", help="a page to look at and to mail, OUTPUT/report.html")
     parser.add_argument(
         "--keep-sisms",
         action="store_true",
@@ -101,12 +106,17 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         models = {role: (path, digest(path)) for role, path in used.items()}
         detected = "" if predictor.detector is None else predictor.detector.settings
 
+        engine = ENGINES.get(model_of(args).suffix.lower(), "TensorRT")
+        facts = [model_of(args).name, engine, args.device or "cpu"]
+        report = Report(args.output, facts) if args.report else None
+        in_work: deque[int] = deque()  # the numbers of the groups whose outcomes are to come
+
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             bar = progress.add_task("", total=len(groups))
 
             def tasks() -> Iterator[Task[outputs.Fullness | None] | ICNetError]:
-                for group in groups:
+                for number, group in enumerate(groups):
                     progress.update(bar, description=escape(group.name))
                     try:
                         if group.problem is not None:
@@ -115,25 +125,33 @@ def _run(args: argparse.Namespace, console: Console) -> int:
                             args.output / group.name, group, models, asked, detected, args.keep_sisms
                         )
                         if args.resume and results.finished():
+                            if report is not None:
+                                report.add_finished(number, group, results.folder)
                             summary.finished += 1
                             progress.advance(bar)
                             continue
+                        follow = partial(outputs.writes, group, results, asked)
                         task = Task(
                             predictor.pipeline.reads(
                                 group.images, results.kept_sisms if detected else group.sisms, kept=bank is not None
                             ),
-                            partial(outputs.writes, group, results, asked),
+                            follow if report is None else partial(report.following, number, group, follow),
                             results.keep_sism if args.keep_sisms else None,
                         )
                         results.begin()
                     except ICNetError as error:
+                        in_work.append(number)
                         yield error
                     else:
+                        in_work.append(number)
                         yield task
 
             for outcome in predictor.pipeline.stream(tasks(), bank=bank, pack=args.pack):
+                number = in_work.popleft()
                 if isinstance(outcome, ICNetError):
                     summary.failed += 1
+                    if report is not None:
+                        report.add_failed(number, groups[number].name, outcome)
                     console.print(f"icnet predict: error: {outcome}", style="red", markup=False)
                 else:
                     summary.add(outcome)
@@ -144,6 +162,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     if summary.failed < len(groups):
         for line in summary.lines(args.output, model_of(args), card):
             print(printable(line))
+    if report is not None:
+        print(printable(f"report: {report.write()}"))
     return 2 if summary.failed else 0
 
 

@@ -1,0 +1,269 @@
+"""The report of a run: pages to look at that need nothing but a browser, and can be mailed.
+
+Pictures lie in the pages, at the network's size (224×224). Masks and cut-outs are made in the page, at the threshold
+that is set there. A run of more than `PAGE_IMAGES` images becomes several pages, and `report.html` their index.
+"""
+
+import base64
+import hashlib
+import html
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from runtime import __version__
+from runtime.contract import SIZE
+from runtime.errors import ICNetError, OutputError, printable
+from runtime.files import output_errors, replacing, write_bytes
+from runtime.groups import Group
+from runtime.preprocess import GroupPixels, grey_image, image_tensor, sism_tensor
+
+REPORT = "report.html"
+TEMPLATE = Path(__file__).with_name(REPORT)
+PAGE_IMAGES = 200  # about 6 MB
+MARK = '<meta name="generator" content="icnet predict">'  # by which a report of ours is known
+HEAD_BYTES = 1000  # of a file, in which the mark stands
+T = TypeVar("T")
+Follow = Callable[[GroupPixels, NDArray[np.float32]], list[Callable[[], T]]]
+PAGE = re.compile(r"report-\d{3,}\.html")
+TOOLS = """<div id="tools">
+<label>Threshold <output id="level">128</output>
+<input type="range" id="threshold" min="1" max="255" value="128"></label>
+<label>Group <select id="group"><option value="">all</option>{options}</select></label>
+<label><input type="checkbox" id="empty"> only empty masks</label>
+<span id="shown" role="status"></span>
+<span class="keys">Keys: j, k next and previous; + − threshold; z zoom; e empty masks</span>
+</div>"""
+
+
+@dataclass
+class Entry:
+    """A group in the report: sections of at most `PAGE_IMAGES` images each, or what went wrong."""
+
+    name: str
+    images: int = 0
+    sections: list[tuple[int, str]] = field(default_factory=list)
+    error: str = ""
+
+
+class Report:
+    """The report of one run. Several threads may add groups; they stand in the order of their numbers.
+
+    Args:
+        folder: where its pages go.
+        facts: what the page says of the run, e.g. the model and the engine.
+
+    Raises:
+        OutputError: a file of another is in its place.
+    """
+
+    def __init__(self, folder: Path, facts: Sequence[str]) -> None:
+        self.folder, self.facts = folder, [*facts]
+        self._entries: dict[int, Entry] = {}
+        self._lock = threading.Lock()
+        self._started = time.monotonic()
+        for path in (folder / REPORT, *self._pages()):
+            if (path.exists() or path.is_symlink()) and not _is_ours(path):
+                raise OutputError(f"{path}: was not made by icnet predict and would be overwritten; move it away")
+
+    def following(
+        self, number: int, group: Group, follow: Follow[T], pixels: GroupPixels, maps: NDArray[np.float32]
+    ) -> list[Callable[[], T | None]]:
+        """What follows on a group's maps, and one call more, that adds the group.
+
+        Args:
+            number: as for `add`.
+            group: likewise.
+            follow: what follows without a report, e.g. `outputs.writes` for this group.
+            pixels: the group as the network took it.
+            maps: float32 [N, 224, 224] in [0, 1].
+        """
+        return [*follow(pixels, maps), partial(self.add, number, group, pixels, maps)]
+
+    def add(
+        self, number: int, group: Group, pixels: GroupPixels, maps: NDArray[np.float32], sisms_known: bool = True
+    ) -> None:
+        """Add a group.
+
+        Args:
+            number: its place among the groups.
+            group: its name and the images' names.
+            pixels: the group as the network took it.
+            maps: float32 [N, 224, 224] in [0, 1].
+            sisms_known: whether the SISMs are shown.
+        """
+        n = len(maps)
+        entry = Entry(group.name, n)
+        title = f"<bdi>{_text(group.name)}</bdi> <small>{n} image{'s' * (n != 1)}</small>"
+        for first in range(0, n, PAGE_IMAGES):
+            chosen = range(first, min(first + PAGE_IMAGES, n))
+            rows = "".join(
+                _article(
+                    *(group, group.images[i].name, pixels.images[i], pixels.sisms[i] if sisms_known else None),
+                    *(np.rint(maps[i] * 255), pixels.sizes[i]),
+                )
+                for i in chosen
+            )
+            entry.sections.append((len(chosen), f"<section>\n<h2>{title}</h2>\n{rows}</section>\n"))
+        with self._lock:
+            self._entries[number] = entry
+
+    def add_finished(self, number: int, group: Group, folder: Path) -> None:
+        """Add a group that an earlier run has finished, from its images, SISM files and maps in `folder`.
+
+        Raises:
+            InputError: one of them can't be read.
+        """
+        files = [folder / f"{image.stem}.png" for image in group.images]
+        if not all(file.exists() for file in files):  # masks or cut-outs alone were asked for
+            with self._lock:
+                self._entries[number] = Entry(group.name, error="finished by an earlier run, which wrote no maps")
+            return
+        maps = np.stack([grey_image(file, (SIZE, SIZE)) for file in files]) / np.float32(255)
+        read = [image_tensor(image) for image in group.images]
+        sisms = np.zeros(maps.shape, np.uint8) if group.sisms is None else np.stack([*map(sism_tensor, group.sisms)])
+        pixels = GroupPixels(np.stack([image for image, _ in read]), sisms, tuple(size for _, size in read))
+        self.add(number, group, pixels, maps, group.sisms is not None)
+
+    def add_failed(self, number: int, name: str, error: ICNetError) -> None:
+        """Add a group that has no maps."""
+        with self._lock:
+            self._entries[number] = Entry(name, error=str(error))
+
+    def write(self) -> Path:
+        """Write the pages, and delete those of an earlier run that are more.
+
+        Returns:
+            The page to open first.
+
+        Raises:
+            OutputError: one can't be written.
+        """
+        entries = [entry for _, entry in sorted(self._entries.items())]
+        count = sum(entry.images for entry in entries)
+        seconds = time.monotonic() - self._started
+        facts = [
+            *self.facts,
+            f"{len(entries)} group{'s' * (len(entries) != 1)}, {count} image{'s' * (count != 1)}",
+            f"{seconds:.1f} s with reading and writing",
+            f"icnet-deploy {__version__}",
+        ]
+        pages = _pages(entries)
+        names = [REPORT] if len(pages) < 2 else [f"report-{i + 1:03}.html" for i in range(len(pages))]
+        links = [f'<a href="{name}">{i + 1}</a>' for i, name in enumerate(names)]
+        for i, (name, page) in enumerate(zip(names, pages, strict=True)):
+            around = f'<p>Page {i + 1} of {len(pages)}; <a href="{REPORT}">index</a></p>' if len(pages) > 1 else ""
+            options = dict.fromkeys(entry.name for entry, _ in page if entry.images)
+            tools = TOOLS.format(options="".join(f"<option>{_text(option)}</option>" for option in options))
+            self._write(name, facts, around, tools + "".join(section for _, section in page))
+        if len(pages) > 1:
+            rows = [
+                f"<tr><td>{_text(entry.name)}<td>{entry.images or ''}<td>"
+                + (" ".join(link for link, page in zip(links, pages, strict=True) if any(e is entry for e, _ in page)))
+                for entry in entries
+            ]
+            table = f"<table><tr><th>group<th>images<th>page\n{chr(10).join(rows)}\n</table>"
+            self._write(REPORT, facts, "", table)
+        for path in self._pages():
+            if path.name not in names and _is_ours(path):
+                with output_errors(path):
+                    path.unlink()
+        return self.folder / REPORT
+
+    def _write(self, name: str, facts: Sequence[str], pages: str, body: str) -> None:
+        template = TEMPLATE.read_text(encoding="utf-8")
+        parts = {tag: re.search(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL) for tag in ("style", "script")}
+        allowed = {tag: _digest(found[1]) for tag, found in parts.items() if found}
+        values = {
+            "policy": "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
+            + "; ".join(f"{tag}-src '{digest}'" for tag, digest in allowed.items()),
+            "title": "Co-saliency maps",
+            "facts": " · ".join(map(_text, facts)),
+            "pages": pages,
+            "body": body,
+        }
+        # In one pass: what a value holds is not looked at again.
+        page = re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], template)
+        with replacing(self.folder / name) as temporary:
+            write_bytes(temporary, page.encode())
+
+    def _pages(self) -> list[Path]:
+        with output_errors(self.folder):
+            return [p for p in self.folder.iterdir() if PAGE.fullmatch(p.name)] if self.folder.is_dir() else []
+
+
+def _pages(entries: Sequence[Entry]) -> list[list[tuple[Entry, str]]]:
+    """Which sections stand on which page; errors take no room."""
+    pages: list[list[tuple[Entry, str]]] = [[]]
+    room = PAGE_IMAGES
+    for entry in entries:
+        error = f'<section><h2><bdi>{_text(entry.name)}</bdi></h2><p class="error">{_text(entry.error)}</p></section>\n'
+        for images, section in entry.sections or [(0, error)]:
+            if images > room:
+                pages.append([])
+                room = PAGE_IMAGES
+            pages[-1].append((entry, section))
+            room -= images
+    return pages
+
+
+def _article(
+    group: Group,
+    name: str,
+    image: NDArray[np.uint8],
+    sism: NDArray[np.uint8] | None,
+    map_: NDArray[np.float32],
+    size: tuple[int, int],
+) -> str:
+    """An image's row. Its map is stored without loss, so that the page's counts are exact."""
+    views = [
+        f'<img class="photo" alt="photograph" src="{_uri(image, "jpeg", quality=85)}">',
+        '<img alt="unknown SISM">' if sism is None else f'<img alt="SISM" src="{_uri(sism, "jpeg", quality=85)}">',
+        f'<img class="map" alt="map" src="{_uri(map_.astype(np.uint8), "png", optimize=True)}">',
+        *(f'<canvas class="{kind}" role="img" aria-label="{kind}"></canvas>' for kind in ("overlay", "mask", "cutout")),
+    ]
+    captions = ("photograph", "SISM", "map", "overlay", "mask", "cut-out")
+    figures = "".join(
+        f"<figure>{view}<figcaption>{caption}</figcaption></figure>"
+        for view, caption in zip(views, captions, strict=True)
+    )
+    ratio = min(max(size[0] / size[1], 1 / 4), 4) if math.prod(size) else 1
+    return (
+        f'<article tabindex="0" data-group="{_text(group.name)}" data-ratio="{ratio:.4f}">\n'
+        f'<h3><bdi>{_text(name)}</bdi> <small>{size[0]}×{size[1]}, <span class="share"></span></small></h3>\n'
+        f'<div class="views">{figures}</div>\n</article>\n'
+    )
+
+
+def _uri(pixels: NDArray[np.uint8], kind: str, **options: object) -> str:
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, format=kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _text(text: object) -> str:
+    """Any text as HTML, in an attribute too; what would turn or hide other text is written out."""
+    return html.escape(printable(text), quote=True)
+
+
+def _digest(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return not path.is_symlink() and MARK.encode() in file.read(HEAD_BYTES)
+    except OSError:
+        return False
