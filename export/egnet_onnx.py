@@ -199,7 +199,8 @@ def run(args: argparse.Namespace) -> int:
         OutputError: the file can't be written.
         ModelError: the proof failed; no file is left.
     """
-    for option, given in (("--packed", args.packed), ("--banked", args.banked), ("--io float32", args.io != "uint8")):
+    kinds = {"--packed": args.packed, "--ragged": args.ragged, "--banked": args.banked}
+    for option, given in (kinds | {"--io float32": args.io != "uint8"}).items():
         if given:
             raise InputError(f"{option}: not with --network egnet, which takes single images as uint8")
     check_outputs([args.output], [args.checkpoint])

@@ -26,6 +26,7 @@ TAKES = {  # what exports take, for messages
     ExportKind.PLAIN: "groups of any size",
     ExportKind.FLOAT32: "groups of any size",
     ExportKind.PACKED: "any number of groups",
+    ExportKind.RAGGED: "any number of groups, for Triton",
     ExportKind.INTRA: "images to SIVs",
     ExportKind.BANKED: "any bank",
 }

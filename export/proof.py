@@ -16,9 +16,9 @@ An FP16 file is no draw from that distribution: it keeps 11 bits where FP32 keep
 rounds to 11 bits against the plain one, beside which the reference's own e is negligible. But the file rounds at more
 places than that, so it may be three floors away.
 
-The reference takes one group at a time. A packed file gets two at once, their images mixed; the two files of a bank
-export get a group in two chunks, with the SIVs of both as the bank. The maps must be those of the reference, group by
-group.
+The reference takes one group at a time. A packed file gets two at once, their images mixed; a ragged one gets two
+between empty groups; the two files of a bank export get a group in two chunks, with the SIVs of both as the bank. The
+maps must be those of the reference, group by group.
 """
 
 import math
@@ -135,9 +135,15 @@ def _run(
         names = [tensor.name for tensor in session.get_inputs()]
         return session.run(None, dict(zip(names, tensors, strict=True)))[0]
 
-    if kind is ExportKind.PACKED:
+    if kind in (ExportKind.PACKED, ExportKind.RAGGED):
         for one, other in zip_longest(groups[::2], groups[1::2]):
             both = [one] if other is None else [one, other]
+            if kind is ExportKind.RAGGED:
+                rgbs = np.concatenate([np.concatenate([g.images, g.sisms[..., None]], -1).ravel() for g in both])
+                lengths = [0, *(n for group in both for n in (len(group.images), 0))]
+                maps = run(sessions[0], rgbs, np.array([(n, *one.sisms.shape[1:], 4) for n in lengths], np.int32))
+                yield from np.split(maps, [len(one.images)])[: len(both)]
+                continue
             labels = np.repeat(np.array([7, -3][: len(both)], np.int32), [len(group.images) for group in both])
             order = np.random.default_rng(0).permutation(len(labels))
             images, sisms = (np.concatenate([getattr(group, name) for group in both]) for name in ("images", "sisms"))

@@ -22,12 +22,15 @@ from runtime.contract import (
     BANK,
     CALIBRATED_FOR,
     ENGINE_NAME,
-    FLOAT_INPUTS,
-    FLOAT_OUTPUTS,
+    IMAGE_BYTES,
     INPUTS,
+    RGBS,
+    SHAPES,
     WEIGHTS,
+    ExportKind,
     TensorSpec,
     check_contract,
+    foreign,
 )
 from runtime.errors import DependencyError, InputError, ModelError
 from runtime.files import check_outputs, remove, replacing, write_bytes
@@ -156,7 +159,8 @@ def build_engine(
                 f"{onnx_path}: calibrated for {made_for}, with uint8 numbers that TensorRT does not take; calibrate it "
                 "with --engine tensorrt"
             ) from error
-        _check_profiles(onnx_path, _group_size(onnx_path, *api.tensors(network)), profiles)
+        kind, size = _kind_and_size(onnx_path, *api.tensors(network))
+        _check_profiles(onnx_path, size, profiles)
         _check_bank(onnx_path, api.tensors(network)[0], options)
         if options.tf32 and (narrow := api.narrow_types(network)):
             raise InputError(
@@ -189,6 +193,7 @@ def build_engine(
                 "onnx": onnx_path.name,
                 "onnx_sha256": hashlib.sha256(data).hexdigest(),
                 "onnx_metadata": notes,
+                "kind": kind,
                 "tensorrt": trt.__name__,
                 "tensorrt_version": trt.__version__,
                 "gpu": api.gpu(),
@@ -231,10 +236,9 @@ def trtexec_commands(
         for i, profile in enumerate(profiles):
             if len(profiles) > 1:
                 arguments.append(f"--profile={i}")
-            for name, n in asdict(profile).items():
-                lengths = [getattr(options.bank, name) if spec.name == BANK.name else n for spec in inputs]
-                shapes = zip(inputs, lengths, strict=True)
-                texts = (f"{spec.name}:{'x'.join(map(str, (length, *spec.sizes)))}" for spec, length in shapes)
+            lengths = {spec: _lengths(spec.name, profile, options) for spec in inputs}
+            for k, name in enumerate(asdict(profile)):
+                texts = (f"{spec.name}:{'x'.join(map(str, (n[k], *spec.sizes)))}" for spec, n in lengths.items())
                 arguments.append(f"--{name}Shapes={','.join(texts)}")
     flags = {
         f"--memPoolSize=workspace:{options.workspace}": options.workspace,
@@ -269,13 +273,24 @@ def _check_level(options: Options) -> None:
         raise InputError(f"--level {options.level}: TensorRT's optimisation levels are 0 to 5")
 
 
-def _group_size(path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> int | None:
-    """The fixed group size of an exported model of any kind, or None. Raises ModelError for other models."""
-    expected, found = (*FLOAT_INPUTS, *FLOAT_OUTPUTS), (*inputs, *outputs)
-    if len(found) != len(expected) or not all(any(e.accepts(f) for f in found) for e in expected):
-        return check_contract(path, inputs, outputs).size
-    n = inputs[0].shape[0]
-    return n if isinstance(n, int) else None
+def _kind_and_size(
+    path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+) -> tuple[ExportKind, int | None]:
+    """The kind of an exported model, and its fixed group size or None. Raises ModelError for other models."""
+    kind = foreign(inputs, outputs)
+    if kind is None:
+        interface = check_contract(path, inputs, outputs)
+        return interface.kind, interface.size
+    n = outputs[0].shape[0]
+    return kind, n if isinstance(n, int) else None
+
+
+def _lengths(name: str, profile: Profile, options: Options) -> list[int]:
+    """The smallest, best and largest length of an input's first axis."""
+    sizes = list(asdict(options.bank if name == BANK.name and options.bank else profile).values())
+    if name == RGBS.name:
+        return [n * IMAGE_BYTES for n in sizes]
+    return [1, 1, sizes[-1]] if name == SHAPES.name else sizes  # groups: from one of all images to one per image
 
 
 def _notes(onnx_path: Path, data: bytes) -> dict[str, str] | None:
@@ -307,8 +322,8 @@ def _configure(trt: Any, builder: Any, network: Any, profiles: Sequence[Profile]
     for profile in profiles:
         shapes = builder.create_optimization_profile()
         for tensor in (network.get_input(i) for i in range(network.num_inputs)):
-            lengths = options.bank if tensor.name == BANK.name and options.bank else profile
-            shapes.set_shape(tensor.name, *((n, *tuple(tensor.shape)[1:]) for n in asdict(lengths).values()))
+            lengths = _lengths(tensor.name, profile, options)
+            shapes.set_shape(tensor.name, *((n, *tuple(tensor.shape)[1:]) for n in lengths))
         config.add_optimization_profile(shapes)
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace << 20)
@@ -338,4 +353,4 @@ def _onnx_inputs(path: Path) -> tuple[Sequence[TensorSpec], int | None]:
         inputs, outputs = tensors(load_model(path, weights=False))
     except DependencyError:
         return INPUTS, None
-    return inputs, _group_size(path, inputs, outputs)
+    return inputs, _kind_and_size(path, inputs, outputs)[1]

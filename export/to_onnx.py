@@ -1,7 +1,7 @@
 """python export/to_onnx.py: a checkpoint to ONNX with a dynamic group axis, proved before it appears.
 
-It writes one file for whole groups, or one for several groups in a batch (`--packed`), or two for images against a bank
-of SIVs (`--banked`).
+It writes one file for whole groups, or one for several groups in a batch (`--packed`; `--ragged` as a server joins
+them), or two for images against a bank of SIVs (`--banked`).
 """
 
 import sys
@@ -28,10 +28,25 @@ from export.fp16 import half_precision
 from export.icnet import SIVS_PER_WIDTH, ICNet, Intra, Packed, Uint8Interface
 from export.onnx_file import TAKES
 from export.proof import check, compare, table
+from export.ragged import Ragged
 from export.reference import ReferenceICNet
 from export.samples import samples
 from export.trace import provenance_of, trace
-from runtime.contract import BANK, CARD, FLOAT_INPUTS, FLOAT_OUTPUTS, GROUPS, INPUTS, OUTPUTS, SIVS, ExportKind
+from runtime.contract import (
+    BANK,
+    CARD,
+    FLOAT_INPUTS,
+    FLOAT_OUTPUTS,
+    GROUPS,
+    IMAGE_BYTES,
+    INPUTS,
+    OUTPUTS,
+    RAGGED_INPUTS,
+    RGBS,
+    SIVS,
+    Dim,
+    ExportKind,
+)
 from runtime.errors import InputError, ModelError, OutputError
 from runtime.files import bank_files, check_outputs, replacing
 
@@ -39,10 +54,12 @@ EXPORTS = {  # inputs, outputs, and what is traced
     ExportKind.PLAIN: (INPUTS, OUTPUTS, Uint8Interface),
     ExportKind.FLOAT32: (FLOAT_INPUTS, FLOAT_OUTPUTS, lambda network: network),
     ExportKind.PACKED: ((*INPUTS, GROUPS), OUTPUTS, Packed),
+    ExportKind.RAGGED: (RAGGED_INPUTS, OUTPUTS, Ragged),
     ExportKind.INTRA: (INPUTS, (SIVS,), Intra),
     ExportKind.BANKED: ((*INPUTS, BANK), OUTPUTS, Uint8Interface),
 }
-EXAMPLE = {"N": 3, "M": 4}  # lengths of the dynamic axes while tracing
+# Lengths of the dynamic axes while tracing.
+EXAMPLE: dict[Dim, int] = {"N": 3, "M": 4, "B": 2, RGBS.shape[0]: 3 * IMAGE_BYTES}
 
 
 def write_onnx(
@@ -57,7 +74,7 @@ def write_onnx(
         network: in evaluation mode, in FP32 or from `half_precision`; the reference only as `PLAIN` or `FLOAT32`.
         path: the file to write.
         kind: one of the file contract's; or `FLOAT32`, the authors' interface (ImageNet-normalised float32
-            [N, 3, 224, 224] and [N, 1, 224, 224] → [N, 1, 224, 224]).
+            [N, 3, 224, 224] and [N, 1, 224, 224] → [N, 1, 224, 224]); or `RAGGED`, see `Ragged`.
         provenance: notes for the model's `metadata_props`; the file's digest comes beside them.
 
     Returns:
@@ -66,7 +83,7 @@ def write_onnx(
     inputs, outputs, make = EXPORTS[kind]
     module = make(network)  # type: ignore[arg-type]  # a bank is ICNet's alone; the reference has none
     lengths = EXAMPLE | {"S": round(SIVS_PER_WIDTH * network.width)}
-    shapes = [[d if isinstance(d, int) else lengths[str(d)] for d in spec.shape] for spec in inputs]
+    shapes = [[d if isinstance(d, int) else lengths[d] for d in spec.shape] for spec in inputs]
     example = tuple(torch.zeros(s, dtype=getattr(torch, spec.dtype)) for s, spec in zip(shapes, inputs, strict=True))
     return trace(module, example, inputs, outputs, [0], path, provenance or {})
 
@@ -105,6 +122,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--packed", action="store_true", help="several groups in one batch: a third input names each image's group"
     )
     kinds.add_argument(
+        "--ragged", action="store_true", help="for Triton: several groups in one batch, as it joins requests"
+    )
+    kinds.add_argument(
         "--banked",
         action="store_true",
         help="two files, NAME.intra.onnx (images to SIVs) and NAME.banked.onnx (images and SIVs to maps), for groups "
@@ -126,8 +146,9 @@ def run(args: argparse.Namespace) -> int:
 
         return run_egnet(args)
     kind = ExportKind.FLOAT32 if args.io == "float32" else ExportKind.PLAIN
-    if args.packed or args.banked:
-        kind = ExportKind.PACKED if args.packed else ExportKind.BANKED
+    asked = {ExportKind.PACKED: args.packed, ExportKind.RAGGED: args.ragged, ExportKind.BANKED: args.banked}
+    if any(asked.values()):
+        kind = next(each for each, given in asked.items() if given)
         if args.io != "uint8":
             raise InputError(f"--io {args.io}: a --{kind} export takes uint8 only")
     outputs = {kind: args.output}

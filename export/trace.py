@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -34,14 +35,16 @@ def trace(
         example: a tensor per input; no dynamic axis may be 1 long.
         inputs: their names, and the names of their axes.
         outputs: the outputs' names.
-        dynamic: the axes of every input that are dynamic; axes of one name have one length, 1 or more.
+        dynamic: the axes of every input that are dynamic; axes of one name have one length, 1 or more. With a name
+            like "4*N", the length is a multiple of 4.
         path: the file to write.
         provenance: notes for the model's `metadata_props`; the file's digest comes beside them.
 
     Returns:
         The model that was written.
     """
-    axes = {str(spec.shape[i]): torch.export.Dim(str(spec.shape[i]), min=1) for spec in inputs for i in dynamic}
+    names = {str(spec.shape[i]) for spec in inputs for i in dynamic}
+    axes = {name: _axis(name) for name in names}
     with warnings.catch_warnings(action="ignore"):  # the exporter uses deprecated functions
         program = torch.onnx.export(
             module.eval(),
@@ -59,9 +62,19 @@ def trace(
         kept = [prop for prop in node.metadata_props if prop.key != STACK_TRACE]
         del node.metadata_props[:]
         node.metadata_props.extend(kept)
+    for value, spec in zip((*model.graph.input, *model.graph.output), (*inputs, *outputs), strict=True):
+        for dimension, name in zip(value.type.tensor_type.shape.dim, spec.shape, strict=True):
+            if dimension.dim_param:  # the exporter makes up names for multiples, and for what depends on them
+                dimension.dim_param = str(name)
     onnx.helper.set_model_props(model, provenance)
     save_model(model, path)
     return model
+
+
+def _axis(name: str) -> Any:
+    factor, _, base = name.rpartition("*")
+    # SymPy, which parses the name of what is multiplied, takes N for a function.
+    return int(factor) * torch.export.Dim(f"{base}_", min=1) if factor else torch.export.Dim(name, min=1)
 
 
 def provenance_of(checkpoint: Path, module: nn.Module, width: float, precision: str, **more: str) -> dict[str, str]:

@@ -28,7 +28,7 @@ Dim = int | str | None  # a fixed size, or a named or anonymous dynamic one
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, NumPy dtype and shape of a tensor; the first axis is the N images, or the M SIVs of a bank.
+    """Name, NumPy dtype and shape of a tensor; the first axis is the N images, the M SIVs of a bank, or B groups.
 
     Its text form, for messages, reads `images uint8 [N, 224, 224, 3]`.
     """
@@ -72,15 +72,23 @@ FLOAT_INPUTS = (
 )
 FLOAT_OUTPUTS = (TensorSpec("maps", "float32", ("N", 1, SIZE, SIZE)),)
 
+# The interface for a server that joins requests: bytes of all groups, and the shape of each. An image and its SISM are
+# one array of four channels, so that a request can't have more of one than of the other.
+IMAGE_BYTES = SIZE * SIZE * 4
+RGBS = TensorSpec("rgbs", "uint8", (f"{IMAGE_BYTES}*N",))
+SHAPES = TensorSpec("shapes", "int32", ("B", 4))  # (n, 224, 224, 4) per group; n may be 0
+RAGGED_INPUTS = (RGBS, SHAPES)
+
 
 class ExportKind(StrEnum):
-    """What an export computes. All but `FLOAT32` have the file contract's uint8 inputs."""
+    """What an export computes. The runtime runs all but `FLOAT32` and `RAGGED`."""
 
     PLAIN = "plain"  # a group to its maps
     PACKED = "packed"  # several groups to their maps
     INTRA = "intra"  # images to their SIVs
     BANKED = "banked"  # images and a bank of SIVs to maps
-    FLOAT32 = "float32"  # a group to its maps, with the authors' interface; the runtime does not take it
+    FLOAT32 = "float32"  # a group to its maps, with the authors' interface
+    RAGGED = "ragged"  # several groups, joined by a server, to their maps
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,28 @@ def card_of(notes: Mapping[str, object]) -> str | None:
     return (" ".join(printable(card).split())[:MAX_CARD] or None) if isinstance(card, str) else None
 
 
+FOREIGN = {  # exports that are not for the runtime: inputs, outputs, and what they are for
+    ExportKind.FLOAT32: (
+        FLOAT_INPUTS,
+        FLOAT_OUTPUTS,
+        "exported with float32 inputs (--io float32), for callers with their own preprocessing; export it with --io "
+        "uint8 to run it here",
+    ),
+    ExportKind.RAGGED: (
+        RAGGED_INPUTS,
+        OUTPUTS,
+        "exported with --ragged, for a server that joins requests (icnet triton); export it without to run it here, "
+        "with --packed for several groups in one call",
+    ),
+}
+
+
+def foreign(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> ExportKind | None:
+    """Which export a model is, of those that the runtime does not run; None for any other model."""
+    kinds = FOREIGN.items()
+    return next((kind for kind, (takes, gives, _) in kinds if _match(takes, inputs) and _match(gives, outputs)), None)
+
+
 def check_contract(path: object, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> Interface:
     """Check that a model's tensors are those of the contract.
 
@@ -126,13 +156,11 @@ def check_contract(path: object, inputs: Sequence[TensorSpec], outputs: Sequence
         Which export it is.
 
     Raises:
-        ModelError: the tensors are another model's; the message names what was expected and found.
+        ModelError: the tensors are another model's, or of an export that is not for the runtime; the message names
+            what was expected and found, or what the export is for.
     """
-    if _match(FLOAT_INPUTS, inputs) and _match(FLOAT_OUTPUTS, outputs):
-        raise ModelError(
-            f"{path}: exported with float32 inputs (--io float32), for callers with their own preprocessing; "
-            "export it with --io uint8 to run it here"
-        )
+    if (kind := foreign(inputs, outputs)) is not None:
+        raise ModelError(f"{path}: {FOREIGN[kind][2]}")
     for interface in INTERFACES:
         if _match(interface.inputs, inputs) and _match((interface.output,), outputs):
             by_name = {spec.name: spec for spec in inputs}

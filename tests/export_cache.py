@@ -20,7 +20,7 @@ import onnx
 import torch
 from torch import nn
 
-from export import icnet, reference
+from export import icnet, ragged, reference
 
 try:
     import fcntl
@@ -29,7 +29,7 @@ except ImportError:  # Windows: two processes may trace the same; the file that 
 
 FOLDER = Path(__file__).parents[1] / "build" / "test-cache"
 MAX_BYTES = 1_000_000_000
-TRACED = (icnet, reference)
+TRACED = (icnet, ragged, reference)
 PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir")
 OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 PLAIN = (bool, int, float, str, type(None))

@@ -13,7 +13,7 @@ from export.checkpoint import weights_digest
 from export.icnet import ICNet
 from export.to_mnn import convert
 from export.to_onnx import write_onnx
-from runtime.contract import INTERFACES, WEIGHTS, ExportKind
+from runtime.contract import IMAGE_BYTES, INTERFACES, RGBS, WEIGHTS, ExportKind
 
 DATA = Path(__file__).parent / "data"
 BIRDS = DATA / "bird"
@@ -60,6 +60,12 @@ def damage(model: onnx.ModelProto) -> None:
     first.CopyFrom(onnx.numpy_helper.from_array(values, first.name))
 
 
+def joined(requests: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """What Triton's ragged batching makes of requests, uint8 [b, n, 224, 224, 4]: `rgbs`, and `shapes` by item."""
+    items = [item for request in requests for item in request]
+    return np.concatenate([request.ravel() for request in requests]), np.array([i.shape for i in items], np.int32)
+
+
 def convert_to_mnn(path: Path) -> None:
     """Replace an ONNX file by what MNN's converter makes of it, unchecked; any other file stays as it is."""
     pytest.importorskip("MNN", reason="MNN is not installed")
@@ -101,6 +107,8 @@ def build_with_tensorrt(
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
         lengths = bank if tensor.name == "bank" else profile
+        if tensor.name == RGBS.name:
+            lengths = (profile[0] * IMAGE_BYTES, profile[1] * IMAGE_BYTES, profile[2] * IMAGE_BYTES)
         shapes.set_shape(tensor.name, *[(n, *tuple(tensor.shape)[1:]) for n in lengths])
     config.add_optimization_profile(shapes)
     engine = builder.build_serialized_network(network, config)

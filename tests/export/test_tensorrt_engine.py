@@ -17,7 +17,7 @@ from rich.console import Console
 from export.fp16 import half_precision
 from export.onnx_file import save_model
 from export.tensorrt_api import gpu, layer_table
-from export.tensorrt_engine import Options, Profile, build_engine, default_profiles, gaps
+from export.tensorrt_engine import Options, Profile, build_engine, default_profiles, gaps, trtexec_commands
 from export.to_onnx import write_onnx
 from runtime import InputError, ModelError, OutputError
 from runtime.files import digest
@@ -89,6 +89,15 @@ def test_the_bank_has_a_profile_of_its_own(exports, tmp_path, monkeypatch):
 def test_the_float_interface_and_its_metadata(float_model, tmp_path):
     record = build_engine(float_model, tmp_path / "x.engine", ONE)
     assert record["onnx_metadata"] == {"precision": "fp32", "io": "float32"}
+
+
+def test_a_ragged_export(ragged_file, tmp_path):
+    """`rgbs` grows with the images; of groups there may be one, or as many as images."""
+    record = build_engine(ragged_file, tmp_path / "x.engine", ONE)
+    assert record["kind"] == "ragged"
+    command = trtexec_commands(ragged_file, tmp_path / "x.engine", ONE)[10]
+    for size, groups, images in (("min", 1, 1), ("opt", 1, 2), ("max", 4, 4)):
+        assert f"--{size}Shapes=rgbs:{images * 224 * 224 * 4},shapes:{groups}x4 " in command
 
 
 def test_onnx_is_not_needed(model_file, tmp_path, no_onnx):

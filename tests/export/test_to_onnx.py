@@ -14,14 +14,15 @@ from export.proof import Difference, allowed, check, compare
 from export.reference import ReferenceICNet
 from export.samples import samples, smooth_group
 from export.to_onnx import EXPORTS, write_onnx
-from runtime import ModelError
+from runtime import ModelError, Predictor
 from runtime.contract import FILE_DIGEST, INPUTS, OUTPUTS, ExportKind
 from runtime.files import check_seal
-from tests.helpers import build_with_tensorrt, flipped, random_network
+from tests.helpers import build_with_tensorrt, flipped, joined, random_network
 
 CASES = [(kind, width, "fp32") for kind in (ExportKind.PLAIN, ExportKind.FLOAT32) for width in (0.25, 1.0)]
 CASES += [(ExportKind.PLAIN, 0.25, "fp16"), (ExportKind.PLAIN, 1.0, "fp16"), (ExportKind.FLOAT32, 0.25, "fp16")]
-CASES += [(kind, 0.25, precision) for kind in (ExportKind.PACKED, ExportKind.BANKED) for precision in ("fp32", "fp16")]
+SEVERAL = (ExportKind.PACKED, ExportKind.RAGGED, ExportKind.BANKED)
+CASES += [(kind, 0.25, precision) for kind in SEVERAL for precision in ("fp32", "fp16")]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda p: "-".join(map(str, p)))
@@ -76,8 +77,9 @@ def test_the_graph_has_no_computed_kernel_and_no_pixels_by_pixels_tensor(exporte
         "Loop",
     }
 
+    lengths = {"bank": 4, "rgbs": 3 * 224 * 224 * 4}
     for value in model.graph.input:
-        value.type.tensor_type.shape.dim[0].dim_value = 4 if value.name == "bank" else 3
+        value.type.tensor_type.shape.dim[0].dim_value = lengths.get(value.name, 3)
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in inferred.graph.value_info}
     assert any(784 in shape for shape in shapes.values())  # the shapes are known
@@ -258,6 +260,79 @@ def test_the_proof_refuses_a_packed_file_that_mixes_its_groups(tmp_path, monkeyp
         check(path, differences)
 
 
+@pytest.fixture(scope="module")
+def ragged(ragged_file, exports):
+    """What runs requests in one execution of a ragged export; and what computes one group, of the same network."""
+    packed, session = cpu_session(exports.with_suffix(".packed.onnx")), cpu_session(ragged_file)
+
+    def alone(group):
+        labels = np.zeros(len(group), np.int32)
+        return packed.run(None, {"images": group[..., :3], "sisms": group[..., 3], "groups": labels})[0]
+
+    def run(*requests):
+        """The maps of requests in one execution, cut up as Triton does it."""
+        rgbs, shapes = joined(requests)
+        maps = session.run(None, {"rgbs": rgbs, "shapes": shapes})[0]
+        ends = np.cumsum([b * n for b, n, *_ in (request.shape for request in requests)])
+        return [m.reshape(*r.shape[:4]) for r, m in zip(requests, np.split(maps, ends[:-1]), strict=True)]
+
+    return run, alone
+
+
+def request_of(b, n, seed=0):
+    return np.random.default_rng((b, n, seed)).integers(0, 256, (b, n, 224, 224, 4), np.uint8)
+
+
+def test_a_ragged_export_takes_requests_as_triton_joins_them(ragged):
+    """Of several sizes, empty ones, and several groups in one request: each group's maps are its own."""
+    run, alone = ragged
+    requests = [request_of(b, n) for b, n in ((1, 3), (1, 0), (2, 2), (1, 1), (3, 0), (1, 4), (1, 0))]
+    for request, maps in zip(requests, run(*requests), strict=True):
+        assert maps.shape == request.shape[:4]
+        for group, found in zip(request, maps, strict=True):
+            if len(group):
+                assert abs(found - alone(group)).max() < 2e-2
+                assert abs(found - alone(group)).mean() < 1e-4  # by what is packed with it, attention rounds
+    assert run(request_of(1, 0), request_of(2, 0))[1].shape == (2, 0, 224, 224)
+
+
+def test_a_request_of_two_groups_is_not_one_group_of_twice_the_size(ragged):
+    run, alone = ragged
+    request = request_of(2, 2)
+    (maps,) = run(request)
+    assert (
+        abs(maps.reshape(4, 224, 224) - alone(request.reshape(4, 224, 224, 4))).mean() > 5e-4
+    )  # where another packing gives 1e-4 at most
+
+
+def test_the_runtime_says_what_a_ragged_export_is_for(ragged_file):
+    with pytest.raises(ModelError, match=r"exported with --ragged, for a server .*--packed for several"):
+        Predictor(ragged_file)
+
+
+def test_the_proof_refuses_a_ragged_file_that_counts_wrong(tmp_path, monkeypatch):
+    """The first image of a group is counted to the one before."""
+
+    def late(shapes, images):
+        ends = shapes[:, 0].cumsum(0, dtype=torch.int32)
+        return (torch.arange(images).unsqueeze(1) > ends.unsqueeze(0)).int().sum(1, dtype=torch.int32)
+
+    monkeypatch.setattr("export.ragged.groups_of", late)
+    network, path = random_network(1 / 32), tmp_path / "wrong.onnx"
+    write_onnx(network, path, ExportKind.RAGGED)
+    differences = compare(path, network, ExportKind.RAGGED, groups=samples(sizes=(2, 5)))
+    with pytest.raises(ModelError, match="differ from the paper's network"):
+        check(path, differences)
+
+
+def test_icnet_export_ragged(icnet, tmp_path):
+    save_checkpoint(tmp_path / "icnet.pth", random_network(1 / 32))
+    code, out, _ = icnet("export", "-c", tmp_path / "icnet.pth", "-o", tmp_path / "icnet.ragged.onnx", "--ragged")
+    assert code == 0
+    assert "any number of groups, for Triton" in out
+    assert all(f"N = {n} " in out for n in (1, 2, 5, 10, 17))
+
+
 def test_a_failed_proof_leaves_no_file_and_exits_with_2(icnet, checkpoint, tmp_path, monkeypatch):
     def sabotaged(network, path, *args):
         model = write_onnx(network, path, *args)
@@ -304,6 +379,7 @@ def test_export_errors_are_one_line(icnet, tmp_path, checkpoint):
         (("--checkpoint", checkpoint, "--output", tmp_path / "file" / "x.onnx"), "is not a folder"),
         (("--checkpoint", checkpoint, "--output", tmp_path, "--banked"), "it is a folder"),
         (("--checkpoint", checkpoint, "--output", tmp_path / "x.onnx", "--packed", "--io", "float32"), "uint8 only"),
+        (("--checkpoint", checkpoint, "--output", tmp_path / "x.onnx", "--ragged", "--io", "float32"), "uint8 only"),
     ]:
         code, _, err = icnet("export", *arguments)
         assert code == 2
