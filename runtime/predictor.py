@@ -21,13 +21,14 @@ from runtime.backends.openvino import OpenVinoBackend
 from runtime.backends.tensorrt import TensorRTBackend
 from runtime.bank import Bank
 from runtime.bank_models import BankModels, differ, most_images
-from runtime.contract import INPUTS, ExportKind, TensorSpec
+from runtime.contract import INPUTS, SIZE, ExportKind, TensorSpec
 from runtime.detector import Detector
 from runtime.errors import ICNetError, InputError, ModelError
 from runtime.files import check_model_file, check_seal
 from runtime.openvino_library import CPU as OPENVINO_CPU
+from runtime.packing import Tensors
 from runtime.pipeline import Pipeline
-from runtime.preprocess import ImageSource, restores
+from runtime.preprocess import ImageSource, Pixels, restores
 from runtime.stream import Task
 from runtime.threads import Workers, beside
 
@@ -294,12 +295,9 @@ class Predictor:
                 closed, whatever `on_error`.
             Exception: from the iterator: what `groups` raises, after all groups before it.
         """
-        if isinstance(groups, UNORDERED) or not isinstance(groups, Iterable):
-            raise InputError(f"groups: expected (images, sisms) for each group, got {type(groups).__name__}")
+        _check_groups(groups, on_error)
         if not (isinstance(ahead, int) and ahead >= 1):
             raise InputError(f"ahead={ahead!r}: expected a number from 1")
-        if on_error not in ("raise", "return"):
-            raise InputError(f"on_error={on_error!r}: expected 'raise' or 'return'")
         return self._outcomes(self.pipeline.stream(self._tasks(groups), ahead=ahead), on_error == "raise")
 
     def _outcomes(self, stream: Iterator[Maps | ICNetError], raising: bool) -> Iterator[Maps | ICNetError]:
@@ -329,10 +327,56 @@ class Predictor:
         """
         if bank is not None:
             self.pipeline.bank_models().check(bank)
-        for spec, array in zip(INPUTS, (images, sisms), strict=True):
-            _check_tensor(spec, array)
+        _check_tensors(images, sisms)
         self.pipeline.check_group(len(images), len(sisms), kept=bank is not None)
         return self.pipeline.maps(images, sisms, bank)
+
+    @overload
+    def predict_tensor_groups(
+        self, groups: Iterable[Tensors], *, on_error: Literal["raise"] = "raise"
+    ) -> list[NDArray[np.float32]]: ...
+
+    @overload
+    def predict_tensor_groups(
+        self, groups: Iterable[Tensors], *, on_error: Literal["return"]
+    ) -> list[NDArray[np.float32] | ICNetError]: ...
+
+    def predict_tensor_groups(
+        self, groups: Iterable[Tensors], *, on_error: Literal["raise", "return"] = "raise"
+    ) -> list[NDArray[np.float32]] | list[NDArray[np.float32] | ICNetError]:
+        """Co-saliency maps of several groups that the caller has resized already, as a server joins them.
+
+        A packed model gets several groups at once, as from `predict_groups`.
+
+        Args:
+            groups: (images, sisms) per group, each as for `predict_tensors`.
+            on_error: "raise", or "return" to go on with the other groups after one that fails.
+
+        Returns:
+            For every group what `predict_tensors` returns; with `on_error="return"`, for one that fails the error that
+            it raises.
+
+        Raises:
+            InputError: an argument is not that.
+            ICNetError: as `predict_tensors` does; or the Predictor was closed, whatever `on_error`.
+        """
+        _check_groups(groups, on_error)
+
+        def tasks() -> Iterator[Task[NDArray[np.float32]] | ICNetError]:
+            for index, group in enumerate(groups):
+                try:
+                    _check_pair(index, group)
+                    _check_tensors(*group)
+                    self.pipeline.check_group(*map(len, group))
+                except ICNetError as error:
+                    yield error
+                else:
+                    pixels = zip(*group, strict=True)
+                    reads = [partial(Pixels, image, sism, (SIZE, SIZE)) for image, sism in pixels]
+                    yield Task(reads, lambda _, maps: [lambda: maps])
+
+        outcomes = self._outcomes(self.pipeline.stream(tasks()), on_error == "raise")
+        return [outcome if isinstance(outcome, ICNetError) else outcome[0] for outcome in outcomes]
 
     def _maps(
         self, images: Iterable[ImageSource], sisms: Iterable[ImageSource] | None, bank: Bank | None = None
@@ -356,11 +400,9 @@ class Predictor:
             try:
                 if self._makes_sisms and images_alone(group):
                     sources = self._listed(group, None)
-                elif isinstance(group, tuple | list) and len(group) == 2:
-                    sources = self._listed(*group)
                 else:
-                    kind = f"{len(group)} entries" if isinstance(group, tuple | list) else type(group).__name__
-                    raise InputError(f"groups[{index}]: expected (images, sisms), got {kind}")
+                    _check_pair(index, group)
+                    sources = self._listed(*group)
                 task = Task(self.pipeline.reads(*sources), restores)
             except ICNetError as error:
                 yield error
@@ -405,9 +447,23 @@ def _compare_devices(model: Path, detector: Path, providers: Sequence[Provider])
         )
 
 
-def _check_tensor(spec: TensorSpec, array: object) -> None:
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{spec.name}: expected a NumPy array, got {type(array).__name__}")
-    found = TensorSpec(spec.name, str(array.dtype), array.shape)
-    if len(array.shape) != len(spec.shape) or not spec.accepts(found):
-        raise InputError(f"expected {spec}, got {found}")
+def _check_groups(groups: object, on_error: object) -> None:
+    if isinstance(groups, UNORDERED) or not isinstance(groups, Iterable):
+        raise InputError(f"groups: expected (images, sisms) for each group, got {type(groups).__name__}")
+    if on_error not in ("raise", "return"):
+        raise InputError(f"on_error={on_error!r}: expected 'raise' or 'return'")
+
+
+def _check_pair(index: int, group: object) -> None:
+    if not (isinstance(group, tuple | list) and len(group) == 2):
+        kind = f"{len(group)} entries" if isinstance(group, tuple | list) else type(group).__name__
+        raise InputError(f"groups[{index}]: expected (images, sisms), got {kind}")
+
+
+def _check_tensors(*arrays: object) -> None:
+    for spec, array in zip(INPUTS, arrays, strict=True):
+        if not isinstance(array, np.ndarray):
+            raise InputError(f"{spec.name}: expected a NumPy array, got {type(array).__name__}")
+        found = TensorSpec(spec.name, str(array.dtype), array.shape)
+        if len(array.shape) != len(spec.shape) or not spec.accepts(found):
+            raise InputError(f"expected {spec}, got {found}")

@@ -56,6 +56,18 @@ def test_packed_groups_are_those_of_one_by_one_in_order(packed, plain, sizes):
         close(np.stack(maps), plain.predict_tensors(*group))
 
 
+def test_groups_of_tensors_are_packed_by_their_images(exports, plain, monkeypatch):
+    groups = [tensors(n, seed) for seed, n in enumerate((3, 5, 6, 1, 2, 9))]
+    calls = []
+    with Predictor(exports.with_name("icnet.packed.onnx"), max_images=8, threads=1) as packed:
+        submit = packed.pipeline._backend.submit
+        monkeypatch.setattr(packed.pipeline._backend, "submit", lambda i, *t: calls.append(len(i)) or submit(i, *t))
+        found = packed.predict_tensor_groups(iter(groups))
+    assert calls == [3 + 5, 6 + 1, 2, 9]
+    for maps, group in zip(found, groups, strict=True):
+        close(maps, plain.predict_tensors(*group))
+
+
 @pytest.mark.parametrize("labels", [[0, 0, 1, 1, 1], [7, -3, 7, -3, -3], [-(2**31), 5, 2**31 - 1, 5, 5], [3] * 5])
 def test_any_labels_in_any_order(exports, plain, labels):
     session = onnxruntime.InferenceSession(exports.with_name("icnet.packed.onnx"))
@@ -95,6 +107,34 @@ def test_a_bad_group_among_good_ones_is_an_error_at_its_turn(packed):
     assert [len(next(stream)), len(next(stream))] == [2, 3]
     with pytest.raises(InputError, match=r"none\.jpg: no such file"):
         next(stream)
+
+
+@pytest.mark.parametrize("model", ["packed", "plain"])
+def test_a_bad_group_of_tensors_fails_alone(request, model):
+    predictor = request.getfixturevalue(model)
+    images, sisms = good = tensors(2)
+    bad = [
+        (images[:0], sisms[:0]),
+        (images, sisms[:1]),
+        (images[:, 1:], sisms),
+        (images.astype(np.float32), sisms),
+        (images,),
+        (images, None),
+    ]
+    messages = ["no images", "2 images but 1 SISMs", "223", "float32", "got 1 entries", "got NoneType"]
+    found = predictor.predict_tensor_groups([good, *bad, good], on_error="return")
+    for maps in (found[0], found[-1]):
+        close(maps, predictor.predict_tensors(*good))
+    for error, message in zip(found[1:-1], messages, strict=True):
+        assert isinstance(error, InputError)
+        assert message in str(error)
+    for group, message in zip(bad, messages, strict=True):
+        with pytest.raises(InputError, match=message):
+            predictor.predict_tensor_groups([good, group])
+    assert predictor.predict_tensor_groups([]) == []
+    for arguments, message in (({"groups": 3}, "groups: expected"), ({"groups": [], "on_error": "skip"}, "on_error=")):
+        with pytest.raises(InputError, match=message):
+            predictor.predict_tensor_groups(**arguments)
 
 
 def test_what_can_not_be_packed(exports, icnet, image_folder, tmp_path):
