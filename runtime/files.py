@@ -8,6 +8,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -86,6 +87,45 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(target)
+
+
+@contextmanager
+def replacing_folder(path: Path, place: Path) -> Iterator[Path]:
+    """A temporary folder to fill; it replaces `path`, a folder or nothing, if the block ends well.
+
+    All files are on the disk before the folder gets its name.
+
+    Args:
+        path: the folder to write.
+        place: where the temporary folder is made, on the same file system. It is locked meanwhile, so that runs which
+            use it follow each other. What a killed run left in it is deleted.
+
+    Raises:
+        OutputError: it can't be written.
+    """
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(place):
+            for dead in [one for one in place.iterdir() if TEMPORARY.fullmatch(one.name) and one.is_dir()]:
+                shutil.rmtree(dead)
+            temporary, old = (place / f".icnet-{secrets.token_hex(8)}" for _ in range(2))
+            temporary.mkdir()
+            try:
+                yield temporary
+                for file in [file for file in temporary.rglob("*") if file.is_file()]:
+                    with file.open("rb") as opened:
+                        os.fsync(opened.fileno())
+                if path.exists():
+                    path.rename(old)
+                try:
+                    temporary.rename(path)
+                except OSError:
+                    if old.exists():
+                        old.rename(path)
+                    raise
+            finally:
+                for folder in (temporary, old):
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

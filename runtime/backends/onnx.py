@@ -341,21 +341,44 @@ def _session(ort: Any, path: Path, options: Any, providers: Sequence[Provider]) 
             raise ModelError(f"{path}: {what}: {reason(error)}") from error
 
 
+def tensors(path: Path) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """The inputs and outputs of any ONNX file, as ONNX Runtime reads them without a GPU.
+
+    Raises:
+        ModelError: it can't be loaded.
+        DependencyError: ONNX Runtime is not installed.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise DependencyError(f"onnxruntime is not installed: {how_to_install('cpu')}") from error
+    check_model_file(path)
+    return _tensors(_unprepared(ort, path))
+
+
 def _look(
     ort: Any, path: Path, interface_of: Callable[[Path, Any], Interface] | None
 ) -> tuple[Interface | None, dict[str, str]]:
     """A model's tensors, if it is ours, and its metadata, as ONNX Runtime reads them without a GPU."""
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    options.log_severity_level = 4
-    session = _session(ort, path, options, [CPU])
+    session = _unprepared(ort, path)
     interface = None if interface_of is None else interface_of(path, session)
     return interface, session.get_modelmeta().custom_metadata_map
 
 
+def _unprepared(ort: Any, path: Path) -> Any:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.log_severity_level = 4
+    return _session(ort, path, options, [CPU])
+
+
+def _tensors(session: Any) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    return [spec_of(t) for t in session.get_inputs()], [spec_of(t) for t in session.get_outputs()]
+
+
 def _interface(path: Path, session: Any) -> Interface:
-    return check_contract(path, [spec_of(t) for t in session.get_inputs()], [spec_of(t) for t in session.get_outputs()])
+    return check_contract(path, *_tensors(session))
 
 
 def _unused(groups: NDArray[np.int32]) -> int:
