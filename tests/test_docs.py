@@ -49,7 +49,14 @@ def make_parser(command: str) -> argparse.ArgumentParser:
 def all_options() -> frozenset[str]:
     """Every option of every command, and those of Python's, pip's and others' commands that pages may name."""
     options = {o for command in icnet_cli.COMMANDS for a in make_parser(command)._actions for o in a.option_strings}
-    return frozenset(options | {"--help", "--version", "--weightQuantBits"})
+    triton = {
+        "--exit-timeout-secs",
+        "--http-address",
+        "--grpc-address",
+        "--metrics-address",
+        "--model-control-mode=explicit",
+    }
+    return frozenset(options | triton | {"--help", "--version", "--weightQuantBits"})
 
 
 def command_lines(page: Path) -> list[str]:
