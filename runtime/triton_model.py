@@ -76,8 +76,9 @@ def _response(rgbs: NDArray[np.uint8] | ICNetError, outcomes: Iterator[NDArray[n
 
 def _check_numpy() -> None:
     """Some releases of Triton's Python back end were built for NumPy 1, and give empty outputs with NumPy 2."""
-    ones = np.ones(3, np.float32)
-    if not np.array_equal(pb_utils.Tensor("ones", ones).as_numpy(), ones):
+    numbers = np.arange(6, dtype=np.float32)
+    tensor = pb_utils.Tensor("numbers", numbers)
+    if not np.array_equal(pb_utils.Tensor.from_dlpack("numbers", tensor.to_dlpack()).as_numpy(), numbers):
         raise DependencyError(
             f"numpy {np.__version__} does not fit this Triton's Python back end, which reads its arrays wrongly: "
             "install 'numpy<2' into the environment that the model runs in"

@@ -13,6 +13,7 @@ from export.icnet import ICNet
 from export.to_mnn import build_mnn
 from export.to_onnx import write_onnx
 from runtime import Predictor
+from runtime.contract import ExportKind
 from tests.export_cache import ExportCache
 from tests.helpers import random_network, write_exports
 
@@ -77,6 +78,14 @@ def predictor(model_file: Path) -> Iterator[Predictor]:
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """icnet.onnx of a narrow network; beside it icnet.packed.onnx, icnet.intra.onnx and icnet.banked.onnx."""
     return write_exports(tmp_path_factory.mktemp("exports"), random_network(1 / 32))
+
+
+@pytest.fixture(scope="session")
+def ragged_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the network that `exports` are of."""
+    path = tmp_path_factory.mktemp("ragged") / "icnet.ragged.onnx"
+    write_onnx(random_network(1 / 32), path, ExportKind.RAGGED)
+    return path
 
 
 @pytest.fixture

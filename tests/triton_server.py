@@ -17,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -138,8 +139,10 @@ class Server:
         """Local and remote address of every TCP socket of these processes, as hexadecimal numbers without the port."""
         found = set()
         for pid in self.processes():
-            files = [str(file.readlink()) for file in Path(f"/proc/{pid}/fd").iterdir()]
-            own = {name[8:-1] for name in files if name.startswith("socket:[")}
+            own = set()
+            for file in Path(f"/proc/{pid}/fd").iterdir():
+                with suppress(FileNotFoundError):  # closed meanwhile
+                    own.add(str(file.readlink()).removeprefix("socket:[").removesuffix("]"))
             for table in ("tcp", "tcp6"):
                 rows = [row.split() for row in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]]
                 found |= {(row[1].partition(":")[0], row[2].partition(":")[0]) for row in rows if row[9] in own}

@@ -64,12 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--backend", choices=BACKENDS, help="python: a Predictor; the others: Triton's own (default: by the model)")
     add("--max-groups", type=number(), default=8, metavar="N", help="groups in one execution (default 8)")
     add("--max-images", type=number(), default=64, metavar="N", help="python: refuse larger groups (default 64)")
-    add("--delay", type=positive, default=5, metavar="MS", help="longest wait for more groups, ms (default 5)")
+    add("--delay", type=number(0), default=5, metavar="MS", help="longest wait for more groups, ms (default 5)")
     add("--queue", type=number(), default=64, metavar="N", help="refuse requests when so many wait (default 64)")
     add("--timeout", type=positive, default=10, metavar="S", help="refuse a request that waited so long (default 10)")
     add("--instances", type=number(), default=1, metavar="N", help="copies of the model, on each GPU (default 1)")
     add("--gpu", type=number(0), action="append", metavar="N", help="a GPU to run on; repeat it (default 0)")
-    add("-t", "--threads", type=int, help="CPU threads of an instance (default: one per core)")
+    add("-t", "--threads", type=number(), help="CPU threads of an instance (default: one per core)")
     add("--site", type=Path, action="append", default=[], metavar="DIR", help="python: a folder of packages for the "
         "server's Python, as it is called there; repeat it (default: this package is installed there)")  # fmt: skip
     add_device_argument(add)
@@ -209,7 +209,7 @@ input [ {{ name: "{RGBS.name}" data_type: TYPE_UINT8 dims: [ -1, {SIZE}, {SIZE},
 output [ {{ name: "{OUTPUTS[0].name}" data_type: TYPE_FP32 dims: [ -1, {SIZE}, {SIZE} ] }} ]
 {WARMUP % smallest if backend == "python" else JOINED}
 dynamic_batching {{
-  max_queue_delay_microseconds: {round(args.delay * 1e3)}
+  max_queue_delay_microseconds: {args.delay * 1000}
   default_queue_policy {{
     timeout_action: REJECT
     default_timeout_microseconds: {round(args.timeout * 1e6)}

@@ -7,7 +7,6 @@ import pytest
 from export.onnx_file import save_model
 from export.to_onnx import write_onnx
 from runtime.contract import ExportKind
-from tests.helpers import random_network
 
 
 @pytest.fixture
@@ -55,14 +54,6 @@ def no_onnx(monkeypatch):
 def float_model(network, tmp_path_factory):
     path = tmp_path_factory.mktemp("float") / "float.onnx"
     write_onnx(network, path, ExportKind.FLOAT32, {"precision": "fp32", "io": "float32"})
-    return path
-
-
-@pytest.fixture(scope="session")
-def ragged_file(tmp_path_factory):
-    """Of the network that `exports` are of."""
-    path = tmp_path_factory.mktemp("ragged") / "icnet.ragged.onnx"
-    write_onnx(random_network(1 / 32), path, ExportKind.RAGGED)
     return path
 
 

@@ -215,7 +215,7 @@ def test_nothing_listens_elsewhere_and_nothing_connects_elsewhere(server):
 
 
 def test_nothing_is_written_beside_the_log(server, repository):
-    assert [path.name for path in server.log.parent.iterdir()] == ["server.log"]
+    assert [path.name for path in server.log.parent.rglob("*")] == ["server.log"]
     assert sorted(path.name for path in repository.iterdir()) == ["numpy2", "packed", "plain"]
 
 

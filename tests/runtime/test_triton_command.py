@@ -6,20 +6,10 @@ import sys
 
 import pytest
 
-from export.to_onnx import write_onnx
-from runtime.contract import ExportKind
 from runtime.files import write_bytes
-from tests.helpers import random_network
 
 text_format = pytest.importorskip("google.protobuf.text_format")
 model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="tritonclient is not installed")
-
-
-@pytest.fixture(scope="module")
-def ragged(tmp_path_factory):
-    path = tmp_path_factory.mktemp("ragged") / "icnet.ragged.onnx"
-    write_onnx(random_network(1 / 32), path, ExportKind.RAGGED)
-    return path
 
 
 @pytest.fixture
@@ -46,9 +36,9 @@ def tree(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-def test_a_ragged_export_for_tritons_own_back_end(icnet, ragged, tmp_path):
-    options = ("--max-groups", 4, "--queue", 9, "--timeout", 2.5, "--delay", 1.5, "--instances", 3, "--threads", 2)
-    code, out, _ = icnet("triton", "--model", ragged, "--output", tmp_path / "new" / "repo", *options)
+def test_a_ragged_export_for_tritons_own_back_end(icnet, ragged_file, tmp_path):
+    options = ("--max-groups", 4, "--queue", 9, "--timeout", 2.5, "--delay", 3, "--instances", 3, "--threads", 2)
+    code, out, _ = icnet("triton", "--model", ragged_file, "--output", tmp_path / "new" / "repo", *options)
     assert (code, "up to 4 groups" in out) == (0, True)
     assert tree(tmp_path / "new") == [
         "repo",
@@ -57,7 +47,7 @@ def test_a_ragged_export_for_tritons_own_back_end(icnet, ragged, tmp_path):
         "repo/icnet/1/model.onnx",
         "repo/icnet/config.pbtxt",
     ]
-    assert (tmp_path / "new/repo/icnet/1/model.onnx").read_bytes() == ragged.read_bytes()
+    assert (tmp_path / "new/repo/icnet/1/model.onnx").read_bytes() == ragged_file.read_bytes()
     config = parsed(tmp_path / "new/repo/icnet")
     assert (config.backend, config.name, config.max_batch_size) == ("onnxruntime", "icnet", 4)
     (rgbs,), (maps,), (shapes,), (scattered,) = config.input, config.output, config.batch_input, config.batch_output
@@ -68,7 +58,7 @@ def test_a_ragged_export_for_tritons_own_back_end(icnet, ragged, tmp_path):
     assert scattered.Kind.Name(scattered.kind) == "BATCH_SCATTER_WITH_INPUT_SHAPE"
     assert (list(scattered.target_name), list(scattered.source_input)) == (["maps"], ["rgbs"])
     queue = config.dynamic_batching.default_queue_policy
-    assert config.dynamic_batching.max_queue_delay_microseconds == 1500
+    assert config.dynamic_batching.max_queue_delay_microseconds == 3000
     assert (queue.max_queue_size, queue.default_timeout_microseconds, queue.timeout_action) == (9, 2_500_000, 0)
     assert [(group.count, group.kind) for group in config.instance_group] == [(3, 2)]  # KIND_CPU
     assert config.parameters["intra_op_thread_count"].string_value == "2"
@@ -103,7 +93,7 @@ def test_any_other_model_for_the_python_back_end(icnet, exports, tmp_path):
     assert "sys.path[:0] = [\"/opt/it's/lib\", '/src']" in (folder / "1" / "model.py").read_text()
 
 
-def test_what_is_ours_is_replaced_as_a_whole_or_not_at_all(icnet, exports, ragged, tmp_path, monkeypatch):
+def test_what_is_ours_is_replaced_as_a_whole_or_not_at_all(icnet, exports, ragged_file, tmp_path, monkeypatch):
     arguments = ("--model", exports, "--output", tmp_path / "repo", "--backend", "python")
     assert icnet("triton", *arguments)[0] == 0
     assert icnet("triton", *arguments, "--name", "other")[0] == 0
@@ -121,7 +111,7 @@ def test_what_is_ours_is_replaced_as_a_whole_or_not_at_all(icnet, exports, ragge
     assert tree(tmp_path) == before
     assert parsed(tmp_path / "repo" / "icnet").max_batch_size == 8
     (tmp_path / ".icnet-0123456789abcdef").mkdir()  # what a killed run left
-    assert icnet("triton", "--model", ragged, "--output", tmp_path / "repo")[0] == 0
+    assert icnet("triton", "--model", ragged_file, "--output", tmp_path / "repo")[0] == 0
     assert tree(tmp_path / "repo" / "icnet") == ["1", "1/model.onnx", "config.pbtxt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["repo"]
 
@@ -147,7 +137,7 @@ def test_what_is_not_ours_is_in_the_way(icnet, exports, tmp_path):
     assert icnet("triton", *arguments, theirs.parents[1], "--name", "icnet2")[0] == 0  # beside another's model
 
 
-def test_what_can_not_be_served(icnet, exports, ragged, engine, tmp_path):
+def test_what_can_not_be_served(icnet, exports, ragged_file, engine, tmp_path):
     repo, packed = tmp_path / "repo", exports.with_suffix(".packed.onnx")
     python = ("--backend", "python")
     for model, options, message in (
@@ -155,13 +145,13 @@ def test_what_can_not_be_served(icnet, exports, ragged, engine, tmp_path):
         (packed, (), "a packed export: Triton would join"),
         (exports, ("--backend", "onnxruntime"), "a plain export: Triton would join"),
         (exports, ("--backend", "tensorrt"), "a plain export: Triton would join"),
-        (ragged, python, "a ragged export, which Triton runs itself"),
-        (ragged, ("--backend", "tensorrt"), "an ONNX file runs with --backend onnxruntime"),
-        (ragged, ("--site", "/x"), "--site: is for --backend python"),
-        (ragged, ("--device", "tensorrt"), "--device tensorrt: build an engine"),
-        (ragged, ("--gpu", 1), "--gpu: the model runs on the CPU"),
-        (ragged, ("--name", "../x"), "--name ../x: expected letters"),
-        (ragged, ("--max-groups", 2**31), "config.pbtxt: Triton would not take these options"),
+        (ragged_file, python, "a ragged export, which Triton runs itself"),
+        (ragged_file, ("--backend", "tensorrt"), "an ONNX file runs with --backend onnxruntime"),
+        (ragged_file, ("--site", "/x"), "--site: is for --backend python"),
+        (ragged_file, ("--device", "tensorrt"), "--device tensorrt: build an engine"),
+        (ragged_file, ("--gpu", 1), "--gpu: the model runs on the CPU"),
+        (ragged_file, ("--name", "../x"), "--name ../x: expected letters"),
+        (ragged_file, ("--max-groups", 2**31), "config.pbtxt: Triton would not take these options"),
         (tmp_path / "none.onnx", (), "none.onnx: no such model file"),
         (tmp_path / "none.onnx", python, "none.onnx: no such model file"),
         (exports.with_suffix(".intra.onnx"), python, "one of the two files of a bank export"),
@@ -180,8 +170,8 @@ def test_what_can_not_be_served(icnet, exports, ragged, engine, tmp_path):
     assert not repo.exists()
 
 
-def test_without_tritonclient(icnet, ragged, tmp_path, monkeypatch):
+def test_without_tritonclient(icnet, ragged_file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tritonclient.grpc.model_config_pb2", None)
-    code, _, err = icnet("triton", "--model", ragged, "--output", tmp_path / "repo")
+    code, _, err = icnet("triton", "--model", ragged_file, "--output", tmp_path / "repo")
     assert (code, "tritonclient is not installed: pip install" in err, err.count("\n")) == (2, True, 1)
     assert not (tmp_path / "repo").exists()
