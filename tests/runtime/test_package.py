@@ -92,3 +92,12 @@ Predictor({str(model)!r})
             command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=60
         )
         assert f"{package} is not installed: pip install {expected}" in done.stderr
+
+
+def test_onnx_runtime_reports_nothing(exports, tmp_path):
+    """Its telemetry would leave a number of the device, and what it has not sent yet, in the home folder."""
+    quiet = ("ORT_DISABLE_TELEMETRY", "CI", "GITHUB_ACTIONS", "XDG_CACHE_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in quiet} | {"HOME": str(tmp_path)}
+    code = f"from runtime import Predictor; Predictor({str(exports)!r}).close()"
+    subprocess.run([sys.executable, "-B", "-c", code], cwd=ROOT, env=environment, check=True, timeout=60)
+    assert list(tmp_path.iterdir()) == []
