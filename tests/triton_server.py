@@ -144,7 +144,7 @@ class Server:
                 with suppress(FileNotFoundError):  # closed meanwhile
                     own.add(str(file.readlink()).removeprefix("socket:[").removesuffix("]"))
             for table in ("tcp", "tcp6"):
-                rows = [row.split() for row in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]]
+                rows = [row.split() for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]
                 found |= {(row[1].partition(":")[0], row[2].partition(":")[0]) for row in rows if row[9] in own}
         return found
 
