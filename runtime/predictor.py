@@ -367,7 +367,7 @@ class Predictor:
                 try:
                     _check_pair(index, group)
                     _check_tensors(*group)
-                    self.pipeline.check_group(*map(len, group))
+                    self.pipeline.check_group(len(group[0]), len(group[1]))
                 except ICNetError as error:
                     yield error
                 else:

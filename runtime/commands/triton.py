@@ -17,11 +17,11 @@ from runtime.backends.engine_file import read_engine
 from runtime.backends.onnx import tensors
 from runtime.commands.device import add_device_argument, providers
 from runtime.commands.options import number, positive
-from runtime.commands.predict import model_files, open_predictor
+from runtime.commands.predict import model_files
 from runtime.contract import OUTPUTS, RGBS, SHAPES, SIZE, ExportKind, check_contract, foreign
 from runtime.errors import DependencyError, InputError, ModelError, OutputError, how_to_install, one_line
 from runtime.files import check_outputs, check_seal, replacing_folder, write_bytes
-from runtime.predictor import ENGINE_SUFFIXES, MNN_SUFFIX
+from runtime.predictor import ENGINE_SUFFIXES, MNN_SUFFIX, Predictor
 
 BACKENDS = {"onnxruntime": "model.onnx", "tensorrt": "model.plan", "python": "model.py"}  # and the file of a version
 OURS = "# Written by icnet triton"
@@ -152,7 +152,8 @@ def _files_for_python(args: argparse.Namespace, kind: ExportKind | None) -> dict
     providers(args.device, args.model)
     files = model_files(args.model, False)
     if args.model.suffix.lower() not in ENGINE_SUFFIXES:
-        open_predictor(args.model, 1, False, "cpu").close()
+        banks = (files["intra"], files["banked"]) if "banked" in files else None
+        Predictor(files.get("model"), bank_export=banks, threads=1).close()
     return files
 
 
