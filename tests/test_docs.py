@@ -54,7 +54,7 @@ def all_options() -> frozenset[str]:
         "--http-address",
         "--grpc-address",
         "--metrics-address",
-        "--model-control-mode=explicit",
+        "--model-control-mode",
     }
     return frozenset(options | triton | {"--help", "--version", "--weightQuantBits"})
 
