@@ -14,7 +14,7 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from runtime.backends.onnx_gpu import name_of
-from runtime.commands.device import providers
+from runtime.commands.device import PROVIDERS
 from runtime.contract import OUTPUTS, RGBS
 from runtime.errors import DependencyError, ICNetError, InputError
 from runtime.predictor import Predictor
@@ -39,7 +39,7 @@ class TritonPythonModel:
             files.get("model"),
             bank_export=(files["intra"], files["banked"]) if "banked" in files else None,
             threads=int(settings["threads"]) if "threads" in settings else None,
-            providers=[(name_of(one), {"device_id": number}) for one in providers(settings.get("device"))],
+            providers=[(name_of(one), {"device_id": number}) for one in PROVIDERS[settings.get("device", "cpu")]],
             device=number,
         )
 

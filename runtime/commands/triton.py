@@ -15,13 +15,13 @@ from typing import Any
 from runtime import __version__
 from runtime.backends.engine_file import read_engine
 from runtime.backends.onnx import tensors
-from runtime.commands.device import add_device_argument, providers
+from runtime.commands.device import add_device_argument, place
 from runtime.commands.options import number, positive
 from runtime.commands.predict import model_files
 from runtime.contract import OUTPUTS, RGBS, SHAPES, SIZE, ExportKind, check_contract, foreign
 from runtime.errors import DependencyError, InputError, ModelError, OutputError, how_to_install, one_line
 from runtime.files import check_outputs, check_seal, replacing_folder, write_bytes
-from runtime.predictor import ENGINE_SUFFIXES, MNN_SUFFIX, Predictor
+from runtime.predictor import ENGINE_SUFFIXES, MNN_SUFFIX, OPENVINO_SUFFIX, Predictor
 
 BACKENDS = {"onnxruntime": "model.onnx", "tensorrt": "model.plan", "python": "model.py"}  # and the file of a version
 OURS = "# Written by icnet triton"
@@ -89,6 +89,9 @@ def run(args: argparse.Namespace) -> int:
     on_gpu = args.model.suffix.lower() in ENGINE_SUFFIXES or args.device not in (None, "cpu")
     if args.gpu and not on_gpu:
         raise InputError("--gpu: the model runs on the CPU; give --device cuda, or an engine")
+    place(args.device, args.model)  # refuses what does not run there
+    if args.model.suffix.lower() == OPENVINO_SUFFIX:
+        raise ModelError(f"{args.model}: an OpenVINO file; icnet triton takes ONNX files, MNN files and engines")
     target: Path = args.output / args.name
     kind, smallest, record = _look(args.model)
     backend = args.backend or _default_backend(args.model, kind)
@@ -149,7 +152,6 @@ def _files_for_python(args: argparse.Namespace, kind: ExportKind | None) -> dict
     """The model's files, by their roles, once a Predictor has opened them, if it can do so on any machine."""
     if kind is ExportKind.RAGGED:
         raise ModelError(f"{args.model}: a ragged export, which Triton runs itself: leave out --backend python")
-    providers(args.device, args.model)
     files = model_files(args.model, False)
     if args.model.suffix.lower() not in ENGINE_SUFFIXES:
         banks = (files["intra"], files["banked"]) if "banked" in files else None

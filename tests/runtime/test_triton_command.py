@@ -152,6 +152,8 @@ def test_what_can_not_be_served(icnet, exports, ragged_file, engine, tmp_path):
         (ragged_file, ("--gpu", 1), "--gpu: the model runs on the CPU"),
         (ragged_file, ("--name", "../x"), "--name ../x: expected letters"),
         (ragged_file, ("--max-groups", 2**31), "config.pbtxt: Triton would not take these options"),
+        (ragged_file, ("--device", "npu"), "--device npu: is for OpenVINO files"),
+        (tmp_path / "icnet.xml", python, "an OpenVINO file; icnet triton takes ONNX files, MNN files and engines"),
         (tmp_path / "none.onnx", (), "none.onnx: no such model file"),
         (tmp_path / "none.onnx", python, "none.onnx: no such model file"),
         (exports.with_suffix(".intra.onnx"), python, "one of the two files of a bank export"),
