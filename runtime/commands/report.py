@@ -130,7 +130,7 @@ class Report:
             with self._lock:
                 self._entries[number] = Entry(group.name, error="finished by an earlier run, which wrote no maps")
             return
-        maps = np.stack([grey_image(file, (SIZE, SIZE)) for file in files]) / np.float32(255)
+        maps = np.stack([grey_image(file, (SIZE, SIZE)) for file in files]).astype(np.float32) / np.float32(255)
         read = [image_tensor(image) for image in group.images]
         sisms = np.zeros(maps.shape, np.uint8) if group.sisms is None else np.stack([*map(sism_tensor, group.sisms)])
         pixels = GroupPixels(np.stack([image for image, _ in read]), sisms, tuple(size for _, size in read))

@@ -120,7 +120,7 @@ def build(
         models["detector"] = detector
     check_outputs((), [*models.values(), *(image for group in samples for image in group.images)], [output])
     _check_replaceable(output)
-    config = {
+    config: dict[str, Any] = {
         "made_by": MADE_BY,
         "version": __version__,
         "models": {role: f"{role}.onnx" for role in models},
