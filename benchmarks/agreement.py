@@ -25,10 +25,10 @@ from export.noise import NEGLIGIBLE_MEAN, reference, variant
 from export.onnx_file import load_model, metadata
 from export.reference import ReferenceICNet
 from export.to_onnx import write_onnx
+from runtime.backends.opening import MNN_SUFFIX, OPENVINO_SUFFIX
 from runtime.contract import ExportKind
 from runtime.errors import ModelError
 from runtime.openvino_library import noted_precision
-from runtime.predictor import MNN_SUFFIX, OPENVINO_SUFFIX
 
 PRECISIONS = ("fp32", "fp16", "int8")  # in the notes of an export
 FLOORS = 4.0  # of noise, that the mean of |Δ| may reach

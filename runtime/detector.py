@@ -23,6 +23,7 @@ from PIL import Image
 
 from runtime.backends.onnx import CPU, reason, spec_of, start_session
 from runtime.backends.onnx_gpu import Provider
+from runtime.backends.opening import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES, MNN_SUFFIX, OPENVINO_SUFFIX
 from runtime.contract import Dim, TensorSpec, check_contract
 from runtime.detector_families import FAMILIES, PRESETS, U2NET, Family, Normalisation, normalisation
 from runtime.errors import ICNetError, InputError, ModelError
@@ -46,8 +47,7 @@ MULTIPLE = 32  # of pixels, of the sides for a network of unknown kind: most hal
 LARGEST = 8192  # of an axis of fixed size
 CALL_PIXELS = 8 * 320 * 320  # in a call of several images, which bounds its memory
 FLOATS = {"float32": np.float32, "float16": np.float16}
-OTHER_ENGINES = {".engine", ".plan", ".trt", ".mnn", ".xml"}
-CHECKPOINTS = {".pth", ".pt", ".ckpt", ".safetensors"}
+OTHER_ENGINES = {*ENGINE_SUFFIXES, MNN_SUFFIX, OPENVINO_SUFFIX}
 INPUT = TensorSpec("images", "uint8", ("B", "H", "W", 3))  # of our own exports: RGB
 OUTPUT = TensorSpec("sisms", "float32", ("B", "H", "W"))  # in [0, 1]
 
@@ -299,7 +299,7 @@ def network_sism(sism: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def _check_file(path: Path, verify: bool) -> None:
     check_model_file(path)
     suffix = path.suffix.lower()
-    if suffix in CHECKPOINTS:
+    if suffix in CHECKPOINT_SUFFIXES:
         onnx = path.with_suffix(".onnx").name
         raise ModelError(
             f"{path}: a checkpoint; export it first: icnet export --network egnet --checkpoint {path} --output {onnx}"

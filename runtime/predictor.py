@@ -4,7 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, overload
@@ -14,34 +14,26 @@ from numpy.typing import NDArray
 
 from runtime.arguments import UNORDERED, images_alone, listed, path_of
 from runtime.backends import Backend
-from runtime.backends.mnn import MnnBackend
-from runtime.backends.onnx import CPU, OnnxBackend
+from runtime.backends.onnx import CPU
 from runtime.backends.onnx_gpu import Provider, name_of
-from runtime.backends.openvino import OpenVinoBackend
-from runtime.backends.tensorrt import TensorRTBackend
+from runtime.backends.opening import ENGINE_SUFFIXES, MNN_SUFFIX, open_backend
 from runtime.bank import Bank
 from runtime.bank_models import BankModels, differ, most_images
 from runtime.contract import INPUTS, SIZE, ExportKind, TensorSpec
 from runtime.detector import Detector
 from runtime.errors import ICNetError, InputError, ModelError
-from runtime.files import check_model_file, check_seal
-from runtime.openvino_library import CPU as OPENVINO_CPU
 from runtime.packing import Tensors
 from runtime.pipeline import Pipeline
 from runtime.preprocess import ImageSource, Pixels, restores
 from runtime.stream import Task
-from runtime.threads import Workers, beside
+from runtime.threads import Workers
 
 logger = logging.getLogger("runtime.detector")
 
 BUILTIN = "builtin"
 MAX_THREADS = 1024
-ENGINE_SUFFIXES = {".engine", ".plan", ".trt"}
-MNN_SUFFIX = ".mnn"
-OPENVINO_SUFFIX = ".xml"
 GroupSources = tuple[Iterable[ImageSource], Iterable[ImageSource] | None] | Iterable[ImageSource]  # images, and SISMs
 Maps = list[NDArray[np.float32]]  # of a group
-CHECKPOINT_SUFFIXES = {".pth", ".pt", ".ckpt", ".safetensors"}
 
 
 class Predictor:
@@ -142,31 +134,16 @@ class Predictor:
             raise InputError(f"max_delay_ms={max_delay_ms!r}: expected milliseconds from 0")
 
         def start(path: Path) -> Backend:
-            if path.suffix.lower() in CHECKPOINT_SUFFIXES:
-                check_model_file(path)
-                onnx = path.with_suffix(".onnx").name
-                raise ModelError(
-                    f"{path}: a checkpoint; export it first: icnet export --checkpoint {path} --output {onnx}"
-                )
-            suffix = path.suffix.lower()
-            if isinstance(device, str) and suffix != OPENVINO_SUFFIX:
-                raise InputError(f"device={device!r}: is for OpenVINO's files (.xml), which {path} is not")
-            if verify and suffix in (MNN_SUFFIX, OPENVINO_SUFFIX):
-                check_seal(path)  # before the file is used: MNN can crash on a damaged one
-            if suffix in ENGINE_SUFFIXES:
-                number = device if isinstance(device, int) else 0
-                backend: Backend = TensorRTBackend(path, slots=slots, device=number, allow_host_code=allow_host_code)
-            elif suffix == OPENVINO_SUFFIX:
-                if isinstance(device, int):
-                    raise InputError(f'device={device}: {path} takes OpenVINO\'s name of a device, as "CPU" or "GPU"')
-                backend = OpenVinoBackend(path, threads, device or OPENVINO_CPU, verify)
-            elif suffix == MNN_SUFFIX:
-                backend = MnnBackend(path, threads)
-            else:
-                with beside(partial(check_seal, path)) if verify else nullcontext():
-                    return opened.enter_context(closing(OnnxBackend(path, threads, providers)))
-            opened.callback(backend.close)
-            return backend
+            backend = open_backend(
+                path,
+                threads=threads,
+                providers=providers,
+                device=device,
+                slots=slots,
+                allow_host_code=allow_host_code,
+                verify=verify,
+            )
+            return opened.enter_context(closing(backend))
 
         self.path = str(paths[0] if model is not None else paths[-1])
         self._backend: Backend | None = None

@@ -6,8 +6,8 @@ from typing import Any
 
 from runtime.backends.onnx import CPU
 from runtime.backends.onnx_gpu import Provider
+from runtime.backends.opening import ENGINE_SUFFIXES, MNN_SUFFIX, OPENVINO_SUFFIX
 from runtime.errors import InputError
-from runtime.predictor import ENGINE_SUFFIXES, MNN_SUFFIX, OPENVINO_SUFFIX
 
 PROVIDERS: dict[str, list[Provider]] = {
     "cpu": [CPU],

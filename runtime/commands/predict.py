@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from runtime.backends.opening import OPENVINO_SUFFIX
 from runtime.bank import Bank
 from runtime.commands import outputs
 from runtime.commands.detector import add_detector_arguments, sism_source, speaking
@@ -20,7 +21,7 @@ from runtime.commands.summary import Summary
 from runtime.errors import ICNetError, InputError, ModelError, printable
 from runtime.files import bank_files, bundled, digest
 from runtime.groups import find_groups
-from runtime.predictor import BUILTIN, OPENVINO_SUFFIX, Predictor
+from runtime.predictor import BUILTIN, Predictor
 from runtime.stream import Task
 
 ENGINES = {

@@ -15,13 +15,14 @@ from typing import Any
 from runtime import __version__
 from runtime.backends.engine_file import read_engine
 from runtime.backends.onnx import tensors
+from runtime.backends.opening import ENGINE_SUFFIXES, MNN_SUFFIX, OPENVINO_SUFFIX
 from runtime.commands.device import add_device_argument, place
 from runtime.commands.options import number, positive
 from runtime.commands.predict import model_files
 from runtime.contract import OUTPUTS, RGBS, SHAPES, SIZE, ExportKind, check_contract, foreign
 from runtime.errors import DependencyError, InputError, ModelError, OutputError, how_to_install, one_line
 from runtime.files import check_outputs, check_seal, replacing_folder, write_bytes
-from runtime.predictor import ENGINE_SUFFIXES, MNN_SUFFIX, OPENVINO_SUFFIX, Predictor
+from runtime.predictor import Predictor
 
 BACKENDS = {"onnxruntime": "model.onnx", "tensorrt": "model.plan", "python": "model.py"}  # and the file of a version
 OURS = "# Written by icnet triton"
