@@ -23,7 +23,8 @@ from runtime.groups import find_groups
 from runtime.predictor import BUILTIN, OPENVINO_SUFFIX, Predictor
 from runtime.stream import Task
 
-ENGINES = {".onnx": "ONNX Runtime", ".mnn": "MNN", OPENVINO_SUFFIX: "OpenVINO"}  # by a model file's suffix; of others, TensorRT
+# By a model file's suffix; of others, TensorRT.
+ENGINES = {".onnx": "ONNX Runtime", ".mnn": "MNN", OPENVINO_SUFFIX: "OpenVINO"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
