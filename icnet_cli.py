@@ -43,6 +43,12 @@ COMMANDS = {
     "data photos": ("training.photos", "train", "cut-outs, backgrounds and photographs out of packages, by a manifest"),
     "data pairs": ("training.pairs", "train", "photographs side by side, of which one is common, to evaluate on"),
     "data paste": ("training.groups", "train", "groups with ground truths, made by cut and paste"),
+    "data targets": ("training.targets", "cpu,train", "views of photographs, and what another detector finds in them"),
+    "data detector": (
+        "training.detector",
+        "cpu,export,train",
+        "the demo's detector, which makes SISMs of single images",
+    ),
     "data distil": ("training.distil", "cpu,export,train,distil", "a backbone that learns from a teacher's features"),
     "data pretrain": ("training.pretrain", "cpu,export,train", "a VGG16 of any width that knows the cut-outs' classes"),
 }

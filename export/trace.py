@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from export.checkpoint import weights_digest
-from export.onnx_file import save_model
+from export.onnx_file import pack_weights, save_model
 from runtime import __version__
 from runtime.contract import WEIGHTS, TensorSpec
 from runtime.files import digest
@@ -26,6 +26,7 @@ def trace(
     dynamic: Sequence[int],
     path: Path,
     provenance: dict[str, str],
+    compact: bool = False,
 ) -> onnx.ModelProto:
     """Trace a module and write it as one ONNX file, weights inside.
 
@@ -37,6 +38,7 @@ def trace(
         dynamic: the axes of every input that are dynamic; axes of one name have one length, 1 or more.
         path: the file to write.
         provenance: notes for the model's `metadata_props`; the file's digest comes beside them.
+        compact: whether weights that FP16 holds exactly are stored in it, for the same maps from half the file.
 
     Returns:
         The model that was written.
@@ -59,6 +61,8 @@ def trace(
         kept = [prop for prop in node.metadata_props if prop.key != STACK_TRACE]
         del node.metadata_props[:]
         node.metadata_props.extend(kept)
+    if compact:
+        pack_weights(model)
     onnx.helper.set_model_props(model, provenance)
     save_model(model, path)
     return model

@@ -192,7 +192,7 @@ class CutPaste:
             crop = crop[:, ::-1]
         if rng.random() < 0.3:
             crop = np.asarray(cv2.GaussianBlur(crop, (0, 0), rng.uniform(0.5, 3)))
-        return _lit(rng, crop.astype(np.float32), 0.25)
+        return lit(rng, crop.astype(np.float32), 0.25)
 
 
 def place(
@@ -307,10 +307,10 @@ def _recoloured(rng: np.random.Generator, rgb: Pixels) -> Plane:
     angle = rng.uniform(0, 2 * np.pi)
     ramp = np.linspace(-1, 1, width)[None] * np.cos(angle) + np.linspace(-1, 1, height)[:, None] * np.sin(angle)
     light: Plane = (1 + rng.uniform(0, 0.35) * ramp)[..., None].astype(np.float32)
-    return _lit(rng, colour * light, 0.25)
+    return lit(rng, colour * light, 0.25)
 
 
-def _lit(rng: np.random.Generator, colour: Plane, spread: float) -> Plane:
+def lit(rng: np.random.Generator, colour: Plane, spread: float) -> Plane:
     """Brightness, contrast and tint."""
     gain = rng.uniform(1 - spread, 1 + spread) * rng.uniform(1 - spread / 3, 1 + spread / 3, 3)
     contrast = rng.uniform(1 - spread, 1 + spread)
@@ -330,7 +330,7 @@ def photographed(rng: np.random.Generator, canvas: Plane) -> Pixels:
     """The whole image as a camera gives it: a little soft, lit as one, noisy."""
     if rng.random() < 0.5:
         canvas = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.3, 1.0))
-    canvas = _lit(rng, canvas, 0.15)
+    canvas = lit(rng, canvas, 0.15)
     noise = rng.standard_normal((*canvas.shape[:2], 1), np.float32) * np.float32(rng.uniform(0, 6))
     return np.round(np.clip(canvas + noise, 0, 255)).astype(np.uint8)
 

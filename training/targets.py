@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
+from runtime.detector import Detector, finished
 
 from runtime.commands.options import number
-from runtime.detector import Detector, finished
 from runtime.errors import InputError
 from runtime.files import check_outputs, replacing, write_picture
 from runtime.groups import image_files

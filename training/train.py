@@ -141,9 +141,9 @@ def train(
     interface = Uint8Interface(network).to(args.device)
     attention = AttentionLoss(network) if args.attention_loss else None
     loader = DataLoader(
-        batches, batch_size=None, sampler=range(len(losses), steps), num_workers=2, worker_init_fn=_ignore_interrupts
+        batches, batch_size=None, sampler=range(len(losses), steps), num_workers=2, worker_init_fn=ignore_interrupts
     )
-    with Steps("training", steps, len(losses)) as progress, _interrupts() as interrupted:
+    with Steps("training", steps, len(losses)) as progress, interrupts() as interrupted:
         for batch in loader:
             if isinstance(batch, ICNetError):
                 raise batch
@@ -356,12 +356,13 @@ def _plot(path: Path, losses: list[float]) -> None:
         write_picture(temporary, figure.savefig, dpi=120)
 
 
-def _ignore_interrupts(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that trains decides
+def ignore_interrupts(_: int) -> None:
+    """Let the process that trains decide; for a worker of a `DataLoader`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
-def _interrupts() -> Iterator[list[int]]:
+def interrupts() -> Iterator[list[int]]:
     """A list that gets an entry on Ctrl-C or SIGTERM; they take effect after the block, not in a step."""
     received: list[int] = []
 
