@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
-from runtime.detector import Detector, finished
 
 from runtime.commands.options import number
 from runtime.errors import InputError
@@ -46,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
         ModelError: the teacher is not a detector.
         OutputError: a file can't be written.
     """
+    from runtime.detector import Detector, finished
+
     check_outputs([args.output], [args.photographs, args.teacher])
     files = photographs(args.photographs)
     if not files:
