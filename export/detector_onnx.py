@@ -49,7 +49,7 @@ def samples() -> dict[str, NDArray[np.uint8]]:
         "1 image": egnet_onnx.smooth_images(1, SIZE, SIZE, 0),
         "2 images": egnet_onnx.smooth_images(2, SIZE, SIZE, 1),
         "5 images": egnet_onnx.smooth_images(5, SIZE, SIZE, 2),
-        "3 images: black, white, noise": np.concatenate([flat, noise]),
+        "black, white, noise": np.concatenate([flat, noise]),
     }
 
 

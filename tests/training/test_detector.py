@@ -15,7 +15,7 @@ from runtime import InputError
 from training.detector import Scenes, SingleImages, crop, find_views, loss_of
 from training.targets import photographs, target, views
 
-SMALL = ["--width", 1 / 8, "--batch", 2, "--lr", 3e-3, "--encoder-lr", 1e-3]
+SMALL = ["--width", 1 / 8, "--batch", 2, "--lr", 1e-2, "--encoder-lr", 3e-3]
 
 
 @pytest.fixture(scope="module")
