@@ -23,13 +23,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 from export import egnet_onnx
+from export.checkpoint import read_card
 from export.detector import Detector, load_detector
 from export.egnet import EGNet, load_egnet
 from export.noise import vary
 from export.onnx_file import cpu_session
 from export.proof import Difference, Result, Subject, check, pooled, table
 from export.trace import provenance_of, trace
-from runtime.contract import SIZE, TensorSpec
+from runtime.contract import CARD, SIZE, TensorSpec
 from runtime.errors import InputError
 from runtime.files import check_outputs, replacing
 
@@ -176,6 +177,8 @@ def run(args: argparse.Namespace) -> int:
             bar = progress.add_task("tracing", total=len(inputs) + 1)
             typed = kind.half_precision(network) if args.precision == "fp16" else network
             provenance = provenance_of(args.checkpoint, network, network.width, args.precision, network=args.network)
+            if card := read_card(args.checkpoint):
+                provenance[CARD] = card
             write_onnx(typed, file, provenance, args.compact)
             progress.update(bar, description="proving", advance=1)
             differences = compare(file, network, args.precision, inputs, lambda: progress.advance(bar))

@@ -34,6 +34,7 @@ OTHERS = (0.5, 0.35, 0.15)  # probability of none, one and two more objects in a
 CROP = (0.65, 1.0)  # sides of a crop of a view, as shares of the view's
 FROZEN = 3  # blocks of a pretrained encoder that stay as they are, and the stem: they see edges and colours
 CLIP = 1.0  # largest norm of a gradient
+CARD = "SISMs of photographs and drawings (a demo)"  # what the weights are for
 SETTINGS = ("width", "steps", "batch", "lr", "encoder_lr", "seed")  # a run is resumed only with the same
 
 
@@ -170,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
             if interrupted:
                 break
     if args.weights:
-        save_checkpoint(args.weights, network.half())
+        save_checkpoint(args.weights, network.half(), card=CARD)
     return 0
 
 

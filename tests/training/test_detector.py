@@ -9,8 +9,9 @@ import torch
 from PIL import Image, ImageDraw
 
 import training.detector
-from export.checkpoint import read_checkpoint
+from export.checkpoint import read_card, read_checkpoint
 from export.detector import Detector, load_detector
+from export.detector_onnx import write_onnx
 from runtime import InputError
 from training.detector import Scenes, SingleImages, crop, find_views, loss_of
 from training.targets import photographs, target, views
@@ -83,6 +84,7 @@ def test_training_learns_and_its_weights_are_exact_in_fp16(icnet, options, tmp_p
     assert len(losses) == 60
     assert np.mean(losses[-15:]) < np.mean(losses[:15]) - 0.15
     assert weights.stat().st_size < 0.3 * output.stat().st_size
+    assert read_card(weights) == "SISMs of photographs and drawings (a demo)"
     trained, released = load_detector(output), load_detector(weights)
     assert all(torch.equal(p, p.half().float()) for p in released.parameters())
     images = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8)
@@ -127,6 +129,30 @@ def test_a_folder_without_views_is_refused(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "img" / "a" / "0.jpg")  # its map is missing
     with pytest.raises(InputError, match="make them with icnet data targets"):
         find_views(tmp_path)
+
+
+def test_targets_are_what_the_teacher_finds_and_are_kept(icnet, tmp_path):
+    """The teacher is an export of this project; its maps of the views are those of a session by hand."""
+    torch.manual_seed(0)
+    network = Detector(1 / 8).eval()
+    write_onnx(network, tmp_path / "teacher.onnx")
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(rng.integers(0, 256, (160, 200, 3), np.uint8)).save(tmp_path / "photos" / "a.png")
+    options = [tmp_path / "photos", "--teacher", tmp_path / "teacher.onnx", "--output", tmp_path / "out"]
+    assert icnet("data", "targets", *options, "--views", 2)[0] == 0
+    pairs = find_views(tmp_path / "out")
+    assert [(image.name, sism.name) for image, sism in pairs] == [("0.jpg", "0.png"), ("1.jpg", "1.png")]
+    with torch.inference_mode():
+        view = dict(views(tmp_path / "photos" / "a.png", [1]))[1].resize((224, 224), Image.Resampling.BILINEAR)
+        found = network(torch.from_numpy(np.array(view))[None])[0].numpy()
+    expected = np.asarray(Image.fromarray(found).resize((320, 320), Image.Resampling.BILINEAR))
+    kept = np.asarray(Image.open(pairs[1][1]))
+    assert np.abs(kept - target(np.rint(expected * 255).astype(np.uint8)).astype(float)).max() <= 2
+    kept_at = pairs[1][1].stat().st_mtime_ns
+    assert icnet("data", "targets", *options, "--views", 3)[0] == 0
+    assert len(find_views(tmp_path / "out")) == 3
+    assert pairs[1][1].stat().st_mtime_ns == kept_at
 
 
 def test_photographs_are_opaque_and_large(tmp_path):
