@@ -98,7 +98,7 @@ def crop(rng: np.random.Generator, image: Path, target: Path) -> tuple[Pixels, P
     both = np.dstack([pixels, levels])[top : top + height, left : left + width, :]
     both = np.ascontiguousarray(both[:, :: 1 if rng.random() < 0.5 else -1])
     both = np.asarray(cv2.resize(both, (SIZE, SIZE), interpolation=AREA), np.float32)
-    return photographed(rng, lit(rng, both[..., :3], 0.2)), both[..., 3] / np.float32(255)
+    return photographed(rng, lit(rng, both[..., :3], 0.2)), np.asarray(both[..., 3] / 255, np.float32)
 
 
 def find_views(folder: Path) -> list[tuple[Path, Path]]:
