@@ -9,10 +9,10 @@ import hashlib
 import os
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,9 +22,15 @@ from runtime.contract import CARD, WEIGHTS, card_of
 from runtime.errors import CheckpointError
 from runtime.files import encoded, replacing, write_bytes
 
+Network = TypeVar("Network", bound=torch.nn.Module)
+
 MAX_WIDTH = 16  # the paper's is 1; a file that claims more than this is damaged
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-FIRST_LAYERS = {"ICNet": "vgg.vgg.0.weight", "EGNet": "base.base.0.weight"}  # each 64 output channels at width 1
+FIRST_LAYERS = {  # by network, and how many output channels each has at width 1
+    "ICNet": ("vgg.vgg.0.weight", 64),
+    "EGNet": ("base.base.0.weight", 64),
+    "detector": ("encoder.stem.0.weight", 32),
+}
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> ICNet:
@@ -37,12 +43,29 @@ def load_checkpoint(path: str | os.PathLike[str]) -> ICNet:
         CheckpointError: the file can't be read, needs pickled code, or has missing, extra, misshapen or non-finite
             tensors; the message names them. Or the tensors are not those that the file's digest is of.
     """
+    return load_network(path, "ICNet", ICNet)
+
+
+def load_network(path: str | os.PathLike[str], name: str, make: Callable[[float], Network]) -> Network:
+    """Load a checkpoint that `save_checkpoint` may have written.
+
+    Args:
+        path: the file.
+        name: which network it should be of, a key of `FIRST_LAYERS`.
+        make: the network of a width.
+
+    Returns:
+        The network, as for `load_checkpoint`.
+
+    Raises:
+        CheckpointError: as for `load_checkpoint`.
+    """
     checkpoint = read_checkpoint(path)
     state = checkpoint["state_dict"]
-    width = width_of(path, state, "ICNet")
+    width = width_of(path, state, name)
     with torch.device("meta"):  # shapes first: a file that lies about its width must not fill the memory
-        check_state(path, ICNet(width), state)
-    model = ICNet(width)
+        check_state(path, make(width), state)
+    model = make(width)
     model.load_state_dict(state)
     if WEIGHTS in checkpoint and checkpoint[WEIGHTS] != weights_digest(model):
         raise CheckpointError(
@@ -72,35 +95,40 @@ def weights_digest(network: torch.nn.Module) -> str:
 
 
 def width_of(path: str | os.PathLike[str], state: Mapping[str, Tensor], network: str) -> float:
-    """The width of the network that a state dict is of, from its first convolution: 64 output channels at width 1.
+    """The width of the network that a state dict is of, from the output channels of its first convolution.
 
     Args:
         path: the file, for the message.
         state: the tensors.
-        network: which network it should be, "ICNet" or "EGNet".
+        network: which network it should be, a key of `FIRST_LAYERS`.
 
     Raises:
         CheckpointError: they are another network's, or no width has this many channels.
     """
-    first_layer = FIRST_LAYERS[network]
-    for other, layer in FIRST_LAYERS.items():
+    first_layer, channels = FIRST_LAYERS[network]
+    for other, (layer, _) in FIRST_LAYERS.items():
         if layer in state and first_layer not in state:
             raise CheckpointError(
-                f"{path}: the checkpoint of an {other}, not of an {network}: icnet export --network {other.lower()} "
+                f"{path}: the checkpoint of {_a(other)}, not of {_a(network)}: icnet export --network {other.lower()} "
                 "takes it"
             )
     first = state.get(first_layer)
     if first is None or first.ndim != 4:
         raise CheckpointError(
-            f"{path}: not an {network} checkpoint: it has no 4-D tensor {first_layer}{_examples(state)}"
+            f"{path}: not {_a(network)} checkpoint: it has no 4-D tensor {first_layer}{_examples(state)}"
         )
-    width = first.shape[0] / 64
+    width = first.shape[0] / channels
     if width * WIDTH_STEPS != int(width * WIDTH_STEPS) or not 0 < width <= MAX_WIDTH:
         raise CheckpointError(
-            f"{path}: {first_layer} has {first.shape[0]} output channels; an {network} has 64 times its width, which "
-            f"is a multiple of 1/{WIDTH_STEPS} up to {MAX_WIDTH}"
+            f"{path}: {first_layer} has {first.shape[0]} output channels; {_a(network)} has {channels} times its "
+            f"width, which is a multiple of 1/{WIDTH_STEPS} up to {MAX_WIDTH}"
         )
     return width
+
+
+def _a(network: str) -> str:
+    """A network's name with its article."""
+    return f"{'a' if network.islower() else 'an'} {network}"
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -123,7 +151,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: the file can't be read, needs pickled code, or is not of this layout.
     """
     checkpoint = _load(path)
-    if isinstance(checkpoint, Mapping) and any(layer in checkpoint for layer in FIRST_LAYERS.values()):  # bare
+    if isinstance(checkpoint, Mapping) and any(layer in checkpoint for layer, _ in FIRST_LAYERS.values()):  # bare
         checkpoint = {"state_dict": checkpoint}
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
         keys = f" (its keys: {', '.join(map(str, list(checkpoint)[:5]))} …)" if isinstance(checkpoint, Mapping) else ""
@@ -134,7 +162,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def save_checkpoint(
     path: str | os.PathLike[str],
-    model: ICNet,
+    model: torch.nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     training: Mapping[str, Any] | None = None,
     card: str | None = None,

@@ -1,42 +1,18 @@
-"""EGNet to ONNX (`icnet export --network egnet`), with dynamic batch, height and width, proved before the file appears.
+"""What EGNet's export needs: inputs that it is proved on, and a copy in half precision (see `detector_onnx.py`)."""
 
-The file is run by ONNX Runtime and compared with the PyTorch network in FP32, at several sizes. EGNet has no
-discontinuity like ICNet's order of pixels, so the bound is that of `proof.py` without its allowance for swapped pixels:
-the file may differ from the network by a few noise floors. The floor of an FP32 file is the network in FP32 against
-FP64. The floor of an FP16 file is the network that rounds its weights, and what goes into and comes out of every
-convolution, to 11 bits. That rounding leaves the range alone, so a file whose activations overflow FP16 fails.
-"""
-
-import argparse
 import copy
-import logging
 import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import Progress
 from torch import nn
 
-from export.egnet import EGNet, load_egnet
+from export.egnet import EGNet
 from export.fp16 import TARGET
-from export.noise import vary
-from export.onnx_file import cpu_session
-from export.proof import Difference, Result, Subject, check, pooled, table
-from export.trace import provenance_of, trace
 from runtime.contract import TensorSpec
-from runtime.errors import InputError
-from runtime.files import check_outputs, replacing
 
 INPUT = TensorSpec("images", "uint8", ("B", "H", "W", 3))  # RGB, any height and width
-OUTPUT = TensorSpec("sisms", "float32", ("B", "H", "W"))  # in [0, 1]
-
-# 1e-6: the rounding of a sigmoid, of a network with hardly any floor.
-SISMS = Subject("SISMs", "the PyTorch network", "images", 1e-6, 1e-6)
 
 
 def smooth_images(batch: int, height: int, width: int, seed: int) -> NDArray[np.uint8]:
@@ -138,91 +114,3 @@ def _wiring(network: EGNet) -> tuple[dict[nn.Conv2d, nn.Conv2d | None], list[lis
 def _conv(module: nn.Module) -> nn.Conv2d:
     assert isinstance(module, nn.Conv2d)
     return module
-
-
-def write_onnx(network: EGNet, path: Path, provenance: dict[str, str] | None = None) -> onnx.ModelProto:
-    """Trace a network and write it as one ONNX file, weights inside, with dynamic axes B, H and W ≥ 1.
-
-    Args:
-        network: in evaluation mode, in FP32 or from `half_precision`.
-        path: the file to write.
-        provenance: notes for the model's `metadata_props`; the file's digest comes beside them.
-
-    Returns:
-        The model that was written.
-    """
-    example = (torch.zeros(3, 70, 90, 3, dtype=torch.uint8),)
-    return trace(network, example, [INPUT], [OUTPUT], [0, 1, 2], path, provenance or {})
-
-
-def compare(
-    path: Path,
-    network: EGNet,
-    precision: str = "fp32",
-    inputs: dict[str, NDArray[np.uint8]] | None = None,
-    step: Callable[[], object] = lambda: None,
-) -> list[Difference]:
-    """Run a file in ONNX Runtime beside the PyTorch network.
-
-    Args:
-        path: an ONNX file from `write_onnx`.
-        network: the network in FP32 that it was made from.
-        precision: "fp32" or "fp16"; decides what the noise floor is.
-        inputs: batches of images by name; None for `samples()`.
-        step: called after every batch.
-
-    Returns:
-        One difference per batch, and last the one over all pixels of all. A SISM that is not finite, or not of the
-        image's size, has a difference of infinity.
-    """
-    # An optimised FP16 graph skips roundings on a CPU that a GPU makes, and so hides an overflow.
-    session = cpu_session(path, optimised=precision != "fp16")
-    rounding = copy.deepcopy(network)
-    vary(rounding, precision)
-
-    def results() -> Iterator[Result]:
-        for name, images in (samples() if inputs is None else inputs).items():
-            with torch.inference_mode():
-                expected, rounded = (each(torch.from_numpy(images)).numpy() for each in (network, rounding))
-            found = session.run([OUTPUT.name], {INPUT.name: images})[0]
-            yield name, found if found.shape == expected.shape else np.full_like(expected, np.nan), expected, rounded
-
-    return pooled(results(), step)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Export `args.checkpoint`, an EGNet, to `args.output`; the file appears only once it is proved.
-
-    Raises:
-        InputError: an option that is ICNet's alone.
-        CheckpointError: the checkpoint can't be loaded.
-        OutputError: the file can't be written.
-        ModelError: the proof failed; no file is left.
-    """
-    kinds = {"--packed": args.packed, "--ragged": args.ragged, "--banked": args.banked}
-    for option, given in (kinds | {"--io float32": args.io != "uint8"}).items():
-        if given:
-            raise InputError(f"{option}: not with --network egnet, which takes single images as uint8")
-    check_outputs([args.output], [args.checkpoint])
-    console = Console()
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision's operators are not there
-    network = load_egnet(args.checkpoint)
-    inputs = samples()
-    with replacing(args.output) as file:
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("tracing", total=len(inputs) + 1)
-            typed = half_precision(network) if args.precision == "fp16" else network
-            provenance = provenance_of(args.checkpoint, network, network.width, args.precision, network="egnet")
-            write_onnx(typed, file, provenance)
-            progress.update(bar, description="proving", advance=1)
-            differences = compare(file, network, args.precision, inputs, lambda: progress.advance(bar))
-        console.print(table(differences, args.precision, SISMS))
-        check(args.output, differences, args.precision, SISMS)
-    console.print(
-        f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, EGNet, {args.precision}, width {network.width:g}, "
-        "any batch, height and width",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-    return 0

@@ -42,6 +42,7 @@ SHAPE_OPERATORS = {
     "Unsqueeze",
 }  # fmt: skip
 MODULE, WEIGHT = re.compile(r"(?:^|\.)network\.(.+)"), re.compile(r"(?:^|\.)network\.(.+)\.weight")
+PACKED = ".fp16"  # end of the names of weights from `pack_weights`
 SMALL = 1024  # elements; a larger tensor is no shape
 Shape = tuple[int, ...]
 
@@ -116,7 +117,41 @@ def load_model(path: Path, data: bytes | None = None, weights: bool = True) -> "
     notes = metadata(model)
     if notes.pop(FILE_DIGEST, None) is not None:  # it is the file's, not that of a model which is made from this one
         onnx.helper.set_model_props(model, notes)
+    unpack_weights(model)
     return model
+
+
+def pack_weights(model: "onnx.ModelProto") -> None:
+    """Store in FP16 the large FP32 weights that it holds exactly, with a Cast behind each, in place."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT and prod(tensor.dims) > SMALL:
+            array = numpy_helper.to_array(tensor)
+            with np.errstate(over="ignore"):
+                half = array.astype(np.float16)
+            if (half.astype(np.float32) == array).all():
+                name = str(tensor.name)
+                tensor.CopyFrom(numpy_helper.from_array(half, name + PACKED))
+                casts.append(
+                    helper.make_node("Cast", [name + PACKED], [name], name=f"{name}.cast", to=TensorProto.FLOAT)
+                )
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def unpack_weights(model: "onnx.ModelProto") -> None:
+    """Undo `pack_weights`: weights are in FP32 again, and the casts gone."""
+    from onnx import numpy_helper
+
+    packed = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name.endswith(PACKED)}
+    casts = [node for node in model.graph.node if node.op_type == "Cast" and node.input[0] in packed]
+    for node in casts:
+        tensor = packed[node.input[0]]
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), node.output[0]))
+        model.graph.node.remove(node)
 
 
 def save_model(model: "onnx.ModelProto", path: Path) -> None:

@@ -67,6 +67,7 @@ def write_onnx(
     path: Path,
     kind: ExportKind = ExportKind.PLAIN,
     provenance: dict[str, str] | None = None,
+    compact: bool = False,
 ) -> onnx.ModelProto:
     """Trace a network and write it as one ONNX file, weights inside, with dynamic axes N ≥ 1 and M ≥ 1.
 
@@ -76,6 +77,7 @@ def write_onnx(
         kind: one of the file contract's; or `FLOAT32`, the authors' interface (ImageNet-normalised float32
             [N, 3, 224, 224] and [N, 1, 224, 224] → [N, 1, 224, 224]); or `RAGGED`, see `Ragged`.
         provenance: notes for the model's `metadata_props`; the file's digest comes beside them.
+        compact: as for `trace`.
 
     Returns:
         The model that was written.
@@ -85,7 +87,7 @@ def write_onnx(
     lengths = EXAMPLE | {"S": round(SIVS_PER_WIDTH * network.width)}
     shapes = [[d if isinstance(d, int) else lengths[d] for d in spec.shape] for spec in inputs]
     example = tuple(torch.zeros(s, dtype=getattr(torch, spec.dtype)) for s, spec in zip(shapes, inputs, strict=True))
-    return trace(module, example, inputs, outputs, [0], path, provenance or {})
+    return trace(module, example, inputs, outputs, [0], path, provenance or {}, compact)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,13 +97,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         type=Path,
         required=True,
-        help="ICNet_vgg16.pth, a checkpoint of this project, or EGNet.pth",
+        help="ICNet_vgg16.pth, EGNet.pth, or a checkpoint of this project",
     )
     parser.add_argument(
         "--network",
-        choices=("icnet", "egnet"),
+        choices=("icnet", "egnet", "detector"),
         default="icnet",
-        help="egnet: the single-image detector that makes SISMs (VGG16), for images of any size (default icnet)",
+        help="those that make SISMs of single images: egnet (VGG16), for images of any size, and the small detector "
+        "of `icnet data detector` (default icnet)",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="the .onnx file to write")
     parser.add_argument(
@@ -115,6 +118,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("fp32", "fp16"),
         default="fp32",
         help="fp16: convolutions and products in half precision, for GPUs; half the file (default fp32)",
+    )
+    parser.add_argument(
+        "--compact",
+        action="store_true",
+        help="store in FP16 the weights that it holds exactly, as those of the demo: half the file, the same maps",
     )
 
     kinds = parser.add_mutually_exclusive_group()
@@ -141,10 +149,10 @@ def run(args: argparse.Namespace) -> int:
         OutputError: the file can't be written.
         ModelError: the proof failed; no file is left.
     """
-    if args.network == "egnet":
-        from export.egnet_onnx import run as run_egnet
+    if args.network != "icnet":
+        from export.detector_onnx import run as run_detector
 
-        return run_egnet(args)
+        return run_detector(args)
     kind = ExportKind.FLOAT32 if args.io == "float32" else ExportKind.PLAIN
     asked = {ExportKind.PACKED: args.packed, ExportKind.RAGGED: args.ragged, ExportKind.BANKED: args.banked}
     if any(asked.values()):
@@ -170,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
             bar = progress.add_task("tracing", total=len(groups) + len(files))
             typed = half_precision(network) if args.precision == "fp16" else network
             for each, temporary in files.items():
-                write_onnx(typed, temporary, each, provenance)
+                write_onnx(typed, temporary, each, provenance, args.compact)
                 progress.advance(bar)
             progress.update(bar, description="proving")
             step = partial(progress.advance, bar)

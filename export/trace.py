@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from export.checkpoint import weights_digest
-from export.onnx_file import save_model
+from export.onnx_file import pack_weights, save_model
 from runtime import __version__
 from runtime.contract import WEIGHTS, TensorSpec
 from runtime.files import digest
@@ -27,6 +27,7 @@ def trace(
     dynamic: Sequence[int],
     path: Path,
     provenance: dict[str, str],
+    compact: bool = False,
 ) -> onnx.ModelProto:
     """Trace a module and write it as one ONNX file, weights inside.
 
@@ -39,6 +40,7 @@ def trace(
             like "4*N", the length is a multiple of 4.
         path: the file to write.
         provenance: notes for the model's `metadata_props`; the file's digest comes beside them.
+        compact: whether weights that FP16 holds exactly are stored in it, for the same maps from half the file.
 
     Returns:
         The model that was written.
@@ -66,6 +68,8 @@ def trace(
         for dimension, name in zip(value.type.tensor_type.shape.dim, spec.shape, strict=True):
             if dimension.dim_param:  # the exporter makes up names for multiples, and for what depends on them
                 dimension.dim_param = str(name)
+    if compact:
+        pack_weights(model)
     onnx.helper.set_model_props(model, provenance)
     save_model(model, path)
     return model

@@ -1,6 +1,7 @@
 """EGNet against a second writing of it, its checkpoint, its exports, and that the proof catches wrong ones."""
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -12,8 +13,9 @@ import torch.nn.functional as F
 from onnx import TensorProto
 
 from export.checkpoint import load_checkpoint, save_checkpoint
+from export.detector_onnx import KINDS, SISMS, compare, write_onnx
 from export.egnet import EGNet, load_egnet
-from export.egnet_onnx import SISMS, compare, half_precision, samples, smooth_images, write_onnx
+from export.egnet_onnx import half_precision, samples, smooth_images
 from export.fp16 import TARGET
 from export.proof import check
 from runtime import CheckpointError, ModelError
@@ -324,7 +326,8 @@ def test_the_command_writes_a_file_that_says_what_it_is(icnet, egnet, tmp_path):
 
 
 def test_a_file_that_overflows_is_not_written(icnet, egnet, tmp_path, monkeypatch):
-    monkeypatch.setattr("export.egnet_onnx.half_precision", lambda network: copy.deepcopy(network).half())
+    unscaled = dataclasses.replace(KINDS["egnet"], half_precision=lambda network: copy.deepcopy(network).half())
+    monkeypatch.setitem(KINDS, "egnet", unscaled)
     checkpoint = save(tmp_path / "EGNet.pth", loud(egnet, 1e5).state_dict())
     output = tmp_path / "out" / "egnet.onnx"
     code, out, err = icnet(

@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+from export.detector_onnx import write_onnx as write_egnet
 from export.egnet import EGNet
-from export.egnet_onnx import write_onnx as write_egnet
 from runtime import InputError, ModelError, Predictor
 from runtime.detector import MAX_SIDE, Detector, finished, network_sism
 from runtime.detector_families import PRESETS, normalisation

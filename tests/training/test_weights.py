@@ -9,12 +9,17 @@ import torch
 from evaluation.dataset import evaluate, find_dataset
 from evaluation.metrics import Metrics
 from export.checkpoint import load_checkpoint, read_card, read_checkpoint, weights_digest
+from export.detector import load_detector
+from export.detector_onnx import SISMS, compare, samples
 from export.fp16 import half_precision
 from export.icnet import Uint8Interface
+from export.onnx_file import load_model, metadata
+from export.proof import check
 from export.samples import smooth_group
 from export.to_onnx import write_onnx
 from runtime import Predictor
 from runtime.contract import WEIGHTS as DIGEST
+from runtime.files import digest
 from tests.helpers import DATA
 
 WEIGHTS = Path(__file__).parents[2] / "weights"
@@ -105,3 +110,40 @@ def test_how_large_a_bank_must_be_is_what_was_measured():
     columns = ["1", "2", "5", "10", "20", "their own group", "SISMs"]
     for label, metric in (("max F ↑", "max_f"), ("MAE ↓", "mae")):
         assert f"| {label} | " + " | ".join(f"{scores[column][metric]:.3f}" for column in columns) + " |" in text
+
+
+DETECTOR = WEIGHTS.parent / "runtime" / "models" / "detector.onnx"
+
+
+def detector_scores(name):
+    """The scores on cut-outs, whose masks are exact, and on photographs, that `weights/Makefile` measured."""
+    cutouts, photographs = json.loads((WEIGHTS / name).read_text())["datasets"]
+    assert (cutouts["name"], photographs["name"]) == ("photos_objects", "photos_alone")
+    return cutouts["maps"][0], photographs["maps"][0]
+
+
+def test_the_detector_that_is_shipped_is_the_checkpoint():
+    checkpoint = WEIGHTS / "detector.pth"
+    assert checkpoint.stat().st_size + DETECTOR.stat().st_size < 5e6
+    network = load_detector(checkpoint)
+    model = load_model(DETECTOR)
+    assert metadata(model)[DIGEST] == weights_digest(network) == read_checkpoint(checkpoint)[DIGEST]
+    inputs = {name: images for name, images in samples().items() if len(images) < 4}
+    check(DETECTOR, compare(DETECTOR, network, inputs=inputs), subject=SISMS)
+
+
+def test_the_detector_is_far_better_than_none_and_close_to_its_teacher():
+    built_in, teacher = detector_scores("detector_builtin.json"), detector_scores("detector_u2netp.json")
+    found = detector_scores("detector.json")
+    assert found[0]["sha256"] == digest(DETECTOR)
+    for of_none, of_teacher, ours in zip(built_in, teacher, found, strict=True):
+        assert ours["max_f"] > of_none["max_f"] + 0.3
+        assert ours["max_f"] > 0.85 * of_teacher["max_f"]
+        assert ours["mae"] < of_none["mae"] / 2
+
+
+def test_the_scores_on_the_detectors_card_are_those_that_were_measured():
+    card = (WEIGHTS / "README.md").read_text()
+    for name in ("detector.json", "detector_builtin.json", "detector_u2netp.json"):
+        numbers = [f"{row[metric]:.3f}" for row in detector_scores(name) for metric in ("max_f", "mae")]
+        assert "| " + " | ".join(numbers) + " |" in card, name
