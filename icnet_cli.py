@@ -46,7 +46,9 @@ COMMANDS = {
     "bench gpu-check": ("benchmarks.gpu_check", "export,calibrate,gpu", "whatever needs a GPU, compared with the CPU"),
     "bench report": ("benchmarks.report", "cpu,export,bench", "tables and plots of the documents from the results"),
     "data cutouts": ("training.cutouts", "train", "cut-outs sorted by class, from open emoji sets"),
+    "data photos": ("training.photos", "train", "cut-outs, backgrounds and photographs out of packages, by a manifest"),
     "data paste": ("training.groups", "train", "groups with ground truths, made by cut and paste"),
+    "data distil": ("training.distil", "cpu,export,train,distil", "a backbone that learns from a teacher's features"),
     "data pretrain": ("training.pretrain", "cpu,export,train", "a VGG16 of any width that knows the cut-outs' classes"),
 }
 FAMILIES = {"bench": "speed and memory on this machine", "data": "groups made by cut and paste, and what they need"}

@@ -65,7 +65,7 @@ class CutPaste:
         self.classes = _cutouts(cutouts)
         self.names = sorted(self.classes)
         self._others = {name: [n for n in self.names if not related(n, name)] for name in self.names}
-        self._photos = _photos(backgrounds)
+        self._photos = photos(backgrounds)
 
     def nth(
         self, seed: int, i: int, n: int, distractors: tuple[int, int], corrupted: float, name: str | None = None
@@ -156,6 +156,13 @@ class CutPaste:
             colour, alpha = place(rng, self._member(rng, k), side, size, spread=0.15 if k == name else 0.4)
             canvas = canvas * (1 - alpha[..., None]) + colour * alpha[..., None]
         return _photographed(rng, canvas), label
+
+    def alone(self, seed: Sequence[int], cutout: Pixels) -> tuple[Pixels, Plane]:
+        """One cut-out on a background: uint8 [224, 224, 3], and its mask, float32 [224, 224] in [0, 1]."""
+        rng = np.random.default_rng(seed)
+        canvas = self._background(rng)
+        colour, alpha = place(rng, cutout, SIZE * rng.uniform(0.4, 0.8), spread=0.15)
+        return _photographed(rng, canvas * (1 - alpha[..., None]) + colour * alpha[..., None]), alpha
 
     def _member(self, rng: np.random.Generator, name: str) -> Pixels:
         members = self.classes[name]
@@ -336,16 +343,21 @@ def _cutouts(folder: Path) -> dict[str, list[Pixels]]:
     return classes
 
 
-def _photos(folder: Path) -> list[Pixels]:
+def photos(folder: Path) -> list[Pixels]:
+    """The pictures in a folder of any depth, their shorter side `BACKGROUND_SIDE` pixels: uint8 [H, W, 3].
+
+    Raises:
+        InputError: no such folder, or no pictures in it, or one can't be read.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of backgrounds")
-    photos = []
+    found = []
     folders = [folder, *(f for f in folder.rglob("*") if f.is_dir())]
     for path in sorted({file.resolve() for f in folders for file in image_files(f)}):  # links: the same at other sizes
         image = np.asarray(read_image(path, "background", "RGB", behind=(255, 255, 255, 255)))
         factor = BACKGROUND_SIDE / min(image.shape[:2])
         size = [max(round(s * factor), BACKGROUND_SIDE) for s in image.shape[1::-1]]
-        photos.append(cv2.resize(image, size, interpolation=AREA))
-    if not photos:
+        found.append(cv2.resize(image, size, interpolation=AREA))
+    if not found:
         raise InputError(f"{folder}: no pictures for backgrounds")
-    return photos
+    return found

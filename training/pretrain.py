@@ -59,23 +59,30 @@ class Classifier(nn.Module):
 
     def __init__(self, width: float, classes: int) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        channels = 0
-        for layer in VGG16(width).vgg:
-            layers.append(layer)
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                channels = layer.out_channels
-                layers.append(nn.BatchNorm2d(channels))
-        self.features = nn.Sequential(*layers)
-        self.head = nn.Linear(channels, classes)
+        self.features = with_batch_norms(width)
+        self.head = nn.Linear(int(VGG16.STAGES[-1][-1] * width), classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [B, H, W, 3] → logits [B, classes]."""
-        x = images.permute(0, 3, 1, 2).float() / 255
-        x = (x - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
-        logits: Tensor = self.head(self.features(x).mean((2, 3)))
+        logits: Tensor = self.head(self.features(normalised(images)).mean((2, 3)))
         return logits
+
+
+def normalised(images: Tensor) -> Tensor:
+    """RGB in [0, 255], [B, H, W, 3] → what the network takes, [B, 3, H, W]."""
+    x = images.permute(0, 3, 1, 2).float() / 255
+    return (x - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
+
+
+def with_batch_norms(width: float) -> nn.Sequential:
+    """The layers of VGG16 with a batch norm after every convolution, initialised for training from nothing."""
+    layers: list[nn.Module] = []
+    for layer in VGG16(width).vgg:
+        layers.append(layer)
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            layers.append(nn.BatchNorm2d(layer.out_channels))
+    return nn.Sequential(*layers)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -106,15 +113,15 @@ def run(args: argparse.Namespace) -> int:
             torch.autograd.backward(loss)
             optimizer.step()
             progress.advance(loss=loss.item(), right=(logits.argmax(1) == labels).float().mean().item())
-        write_bytes(temporary, encoded(partial(torch.save, backbone(model, args.width).state_dict())))
+        write_bytes(temporary, encoded(partial(torch.save, backbone(model.features, args.width).state_dict())))
     return 0
 
 
-def backbone(model: Classifier, width: float) -> nn.Sequential:
+def backbone(features: nn.Sequential, width: float) -> nn.Sequential:
     """The thirteen convolutions with the batch norms folded into them, as VGG16 has them."""
-    fold_batch_norms(model.eval())
+    fold_batch_norms(features.eval())
     plain = VGG16(width).vgg
-    trained = (layer for layer in model.features if isinstance(layer, nn.Conv2d))
+    trained = (layer for layer in features if isinstance(layer, nn.Conv2d))
     for layer in plain:
         if isinstance(layer, nn.Conv2d):
             layer.load_state_dict(next(trained).state_dict())
