@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from export.checkpoint import load_checkpoint
-from export.icnet import ICNet, l2_normalise
+from export.icnet import VGG16, ICNet, l2_normalise
 from runtime.commands.options import number, positive
 from runtime.errors import DependencyError, InputError, how_to_install
 from runtime.files import check_outputs, encoded, replacing, write_bytes, write_json
@@ -31,8 +31,8 @@ from training.paste import CutPaste, Pixels, photos
 from training.pretrain import backbone, normalised, with_batch_norms
 from training.progress import Steps, half_cosine
 
-SIDE = 128  # of a picture for the student, pixels
-TEACHER_SIDE = 192  # for the teacher, which was trained at 224
+SIDE = 128  # of a picture, pixels
+FROZEN = 2  # stages of VGG16 that learn nothing
 STRIDE_16, STRIDE_32 = 10, 15  # the teacher's last block at a stride
 CHANNELS = {STRIDE_16: 112, STRIDE_32: 320}
 PASTES = 3  # of each cut-out in the retrieval
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Pictures(Dataset[Tensor]):
-    """Batches of uint8 [B, 192, 192, 3]; the batch of a step follows from the seed and the step."""
+    """Batches of uint8 [B, 128, 128, 3]; the batch of a step follows from the seed and the step."""
 
     def __init__(self, maker: CutPaste, photographs: list[Pixels], seed: int, steps: int, batch: int) -> None:
         self.maker, self.photographs, self.seed, self.steps, self.batch = maker, photographs, seed, steps, batch
@@ -73,58 +73,71 @@ class Pictures(Dataset[Tensor]):
     def _picture(self, step: int, i: int) -> Pixels:
         seed = [self.seed, step, i]
         if i % 2:
-            return self.maker.single(seed, TEACHER_SIDE)[0]
+            return self.maker.single(seed, SIDE)[0]
         rng = np.random.default_rng(seed)
         photo = self.photographs[rng.integers(len(self.photographs))]
         sides = np.sqrt(rng.uniform(0.15, 1)) * np.exp(rng.uniform(-0.2, 0.2, 2) * [1, -1])
         height, width = (max(int(min(s, 1) * n), 8) for s, n in zip(sides, photo.shape, strict=False))
         top, left = rng.integers(photo.shape[0] - height + 1), rng.integers(photo.shape[1] - width + 1)
         crop = photo[top : top + height, left : left + width][:, :: 1 if rng.random() < 0.5 else -1]
-        return np.asarray(cv2.resize(crop, (TEACHER_SIDE, TEACHER_SIDE), interpolation=cv2.INTER_AREA))
+        return np.asarray(cv2.resize(crop, (SIDE, SIDE), interpolation=cv2.INTER_AREA))
 
 
 class Student(nn.Module):
-    """VGG16 with batch norms that change nothing at first, and the 1×1 convolutions towards the teacher's features."""
+    """VGG16 with batch norms that change nothing at first, and the 1×1 convolutions towards the teacher's features.
 
-    def __init__(self, network: ICNet, width: float, images: Tensor) -> None:
+    The first `FROZEN` layers, which see no classes, stay as they are: a decoder that was trained on them stays right.
+    """
+
+    def __init__(self, network: ICNet, images: Tensor) -> None:
         super().__init__()
-        self.features, self.taps = with_batch_norms(width), {}
-        plain = [layer for layer in network.vgg.vgg if isinstance(layer, nn.Conv2d)]
-        x, conv = normalised(images), iter(plain)
-        with torch.no_grad():
-            for i, layer in enumerate(self.features):
-                if isinstance(layer, nn.Conv2d):
-                    layer.load_state_dict(next(conv).state_dict())
-                    seen = layer(x)
-                    mean, deviation = seen.mean((0, 2, 3)), seen.std((0, 2, 3)).clamp_min(1e-3)
-                    norm = self.features[i + 1]
-                    assert isinstance(norm, nn.BatchNorm2d)
-                    for parameter, value in (
-                        (norm.weight, deviation), (norm.bias, mean),
-                        (norm.running_mean, mean), (norm.running_var, deviation**2),
-                    ):  # fmt: skip
-                        assert parameter is not None
-                        parameter.copy_(value)
-                x = layer(x)
-        pools = [i for i, layer in enumerate(self.features) if isinstance(layer, nn.MaxPool2d)]
-        middle, last = int(512 * width), int(512 * width)
-        self.middle = pools[3]  # what comes before it is conv4_3
-        self.heads = nn.ModuleList([
-            nn.Conv2d(middle, CHANNELS[STRIDE_16], 1),
-            nn.Conv2d(last, CHANNELS[STRIDE_16], 1),
-            nn.Conv2d(last, CHANNELS[STRIDE_32], 1),
-        ])
+        self.width = network.width
+        layers = list(with_batch_norms(network.width))
+        plain = (layer for layer in network.vgg.vgg if isinstance(layer, nn.Conv2d))
+        x = normalised(images)
+        for conv, norm in zip(layers, layers[1:], strict=False):
+            if isinstance(conv, nn.Conv2d):
+                assert isinstance(norm, nn.BatchNorm2d)
+                conv.load_state_dict(next(plain).state_dict())
+                _as_identity(norm, conv(x).detach())
+            with torch.no_grad():
+                x = conv(x)
+        pools = [i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)]
+        self.frozen = nn.Sequential(*layers[: pools[FROZEN - 1] + 1]).eval().requires_grad_(False)
+        self.middle = nn.Sequential(*layers[pools[FROZEN - 1] + 1 : pools[3]])  # ends with conv4_3
+        self.last = nn.Sequential(*layers[pools[3] :])
+        channels = int(VGG16.STAGES[-1][-1] * network.width)
+        self.heads = nn.ModuleList(nn.Conv2d(channels, CHANNELS[s], 1) for s in (STRIDE_16, STRIDE_16, STRIDE_32))
+
+    def train(self, mode: bool = True) -> "Student":
+        """As for any module, but what is frozen stays in evaluation mode."""
+        super().train(mode)
+        self.frozen.eval()
+        return self
 
     def forward(self, images: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
-        """The loss: uint8 [B, H, W, 3] and the teacher's features at strides 16 and 32."""
-        x = normalised(images)
-        losses = []
-        for i, layer in enumerate(self.features):
-            if i == self.middle:
-                losses.append(_distance(self.heads[0](x), targets[0]))
-            x = layer(x)
-        losses += [_distance(self.heads[1](x), targets[0]), _distance(self.heads[2](x), targets[1])]
+        """The loss: RGB [B, H, W, 3] in [0, 255], and the teacher's features at strides 16 and 32."""
+        middle = self.middle(self.frozen(normalised(images)))
+        last = self.last(middle)
+        found = (middle, targets[0]), (last, targets[0]), (last, targets[1])
+        losses = [_distance(head(x), expected) for head, (x, expected) in zip(self.heads, found, strict=True)]
         return torch.stack(losses).mean()
+
+    def backbone(self) -> nn.Sequential:
+        """What was learned, as VGG16 has it; the student is of no use afterwards."""
+        return backbone(nn.Sequential(*self.frozen, *self.middle, *self.last), self.width)
+
+
+@torch.no_grad()
+def _as_identity(norm: nn.BatchNorm2d, seen: Tensor) -> None:
+    """Make a batch norm one that changes nothing, if what it sees is distributed as `seen`, [B, C, H, W]."""
+    mean, variance = seen.mean((0, 2, 3)), seen.var((0, 2, 3)).clamp_min(1e-6)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.weight.copy_((variance + norm.eps).sqrt())
+    norm.bias.copy_(mean)
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance)
 
 
 def _distance(found: Tensor, expected: Tensor) -> Tensor:
@@ -180,10 +193,10 @@ def run(args: argparse.Namespace) -> int:
     pictures = Pictures(maker, photos(args.photographs), args.seed, args.steps, args.batch)
     judge = Retrieval(CutPaste(*judged)) if judged else None
     measured = {"before": judge.measure(network)} if judge else {}
-    first = _smaller(torch.cat([pictures[0], pictures[args.steps - 1]]))
-    student = Student(network, network.width, first)
+    first = torch.cat([pictures[0], pictures[args.steps - 1]])
+    student = Student(network, first)
     student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(student.parameters(), args.lr, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], args.lr, weight_decay=1e-2)
     loader = DataLoader(pictures, batch_size=None, num_workers=1)
     with replacing(args.output) as temporary, Steps("distilling", args.steps) as progress:
         for step, images in enumerate(loader):
@@ -191,12 +204,12 @@ def run(args: argparse.Namespace) -> int:
                 group["lr"] = args.lr * half_cosine(step, args.steps)
             with torch.no_grad():
                 targets = source(images)
-            loss = student(_smaller(images), targets)
+            loss = student(images, targets)
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
             progress.advance(loss=loss.item())
-        found = backbone(student.features, network.width)
+        found = student.backbone()
         write_bytes(temporary, encoded(partial(torch.save, found.state_dict())))
     if judge and record:
         network.vgg.vgg.load_state_dict(found.state_dict())
@@ -205,11 +218,6 @@ def run(args: argparse.Namespace) -> int:
             write_json(temporary, {"classes": len(judge.names), "pictures": len(judge.labels), **measured})
         print("\n".join(f"{when}: {scores}" for when, scores in measured.items()))
     return 0
-
-
-def _smaller(images: Tensor) -> Tensor:
-    x = F.interpolate(images.permute(0, 3, 1, 2).float(), (SIDE, SIDE), mode="bilinear", antialias=True)
-    return x.permute(0, 2, 3, 1)
 
 
 class Retrieval:

@@ -115,7 +115,7 @@ class CutPaste:
             images[i], common, salient = self._scene(scene, name, strangers)
             masks[i] = np.where(common > 0.5, 255, 0)
             sism_rng = np.random.default_rng([*seed, 3, i])
-            sisms[i] = corrupted_sism(sism_rng, salient) if i in wrong else sism(sism_rng, salient)
+            sisms[i] = corrupted_sism(sism_rng, salient) if i in wrong else self._sism(sism_rng, salient)
         return Group(name, images, masks, sisms)
 
     def _scene(
@@ -130,17 +130,28 @@ class CutPaste:
             visible: list[Plane] = []
             areas: list[float] = []
             for k in order:
-                side = float(np.exp(rng.uniform(*LOG_SIDES))) * (1.15 if common[k] else 1)
-                colour, alpha = place(rng, self._member(rng, names[k]), side)
+                side = self._side(rng) * (1.15 if common[k] else 1)
+                canvas, alpha = self._put(rng, canvas, names[k], side)
                 visible = [v * (1 - alpha) for v in visible] + [alpha]
-                if rng.random() < 0.3:
-                    canvas = _with_shadow(rng, canvas, alpha)
-                canvas = canvas * (1 - alpha[..., None]) + colour * alpha[..., None]
                 areas.append(float(alpha.sum()))
             shares = [float(v.sum()) / max(area, 1) for v, area in zip(visible, areas, strict=True)]
             if all(share >= MIN_VISIBLE for share, k in zip(shares, order, strict=True) if common[k]):
                 union = np.sum([v for v, k in zip(visible, order, strict=True) if common[k]], axis=0)
-                return _photographed(rng, canvas), union, visible
+                return photographed(rng, canvas), union, visible
+
+    def _side(self, rng: np.random.Generator) -> float:
+        """The longer side of an object, pixels."""
+        return float(np.exp(rng.uniform(*LOG_SIDES)))
+
+    def _put(self, rng: np.random.Generator, canvas: Plane, name: str, side: float) -> tuple[Plane, Plane]:
+        """An object of a class on a canvas: the new canvas, and the object's alpha."""
+        colour, alpha = place(rng, self._member(rng, name), side)
+        if rng.random() < 0.3:
+            canvas = with_shadow(rng, canvas, alpha)
+        return canvas * (1 - alpha[..., None]) + colour * alpha[..., None], alpha
+
+    def _sism(self, rng: np.random.Generator, objects: Sequence[Plane]) -> Pixels:
+        return sism(rng, objects)
 
     def single(self, seed: Sequence[int], size: int) -> tuple[Pixels, int]:
         """A small image with one object, perhaps partly covered: uint8 [size, size, 3], and its index in `names`."""
@@ -155,14 +166,14 @@ class CutPaste:
             side = size * (rng.uniform(0.5, 1.1) if k == name else rng.uniform(0.3, 0.7))
             colour, alpha = place(rng, self._member(rng, k), side, size, spread=0.15 if k == name else 0.4)
             canvas = canvas * (1 - alpha[..., None]) + colour * alpha[..., None]
-        return _photographed(rng, canvas), label
+        return photographed(rng, canvas), label
 
     def alone(self, seed: Sequence[int], cutout: Pixels) -> tuple[Pixels, Plane]:
         """One cut-out on a background: uint8 [224, 224, 3], and its mask, float32 [224, 224] in [0, 1]."""
         rng = np.random.default_rng(seed)
         canvas = self._background(rng)
         colour, alpha = place(rng, cutout, SIZE * rng.uniform(0.4, 0.8), spread=0.15)
-        return _photographed(rng, canvas * (1 - alpha[..., None]) + colour * alpha[..., None]), alpha
+        return photographed(rng, canvas * (1 - alpha[..., None]) + colour * alpha[..., None]), alpha
 
     def _member(self, rng: np.random.Generator, name: str) -> Pixels:
         members = self.classes[name]
@@ -228,7 +239,7 @@ def sism(rng: np.random.Generator, objects: Sequence[Plane]) -> Pixels:
         plane *= 1 - rng.uniform(0.5, 1) * blob(rng, 8, 26, inside=plane)
     for _ in range(rng.poisson(0.6)):  # false alarms, anywhere
         plane = np.maximum(plane, rng.uniform(0.2, 0.9) * blob(rng, 8, 40))
-    return _blurred(rng, plane)
+    return blurred(rng, plane)
 
 
 def corrupted_sism(rng: np.random.Generator, objects: Sequence[Plane]) -> Pixels:
@@ -242,7 +253,7 @@ def corrupted_sism(rng: np.random.Generator, objects: Sequence[Plane]) -> Pixels
         plane = np.full((SIZE, SIZE), rng.uniform(0.6, 1), np.float32)
     else:
         plane = (1 - np.max(objects, axis=0)) * np.float32(rng.uniform(0.6, 1))
-    return _blurred(rng, plane)
+    return blurred(rng, plane)
 
 
 def blob(rng: np.random.Generator, smallest: float, largest: float, inside: Plane | None = None) -> Plane:
@@ -275,10 +286,12 @@ def texture(rng: np.random.Generator, size: int = SIZE) -> Plane:
     return np.stack([np.interp(field, at, stops[:, c]) for c in range(3)], 2).astype(np.float32)
 
 
-def _blurred(rng: np.random.Generator, plane: Plane) -> Pixels:
+def blurred(
+    rng: np.random.Generator, plane: Plane, radii: tuple[float, float] = (1, 6), unevenness: float = 1
+) -> Pixels:
     """A detector's map: soft, a little uneven, 8-bit."""
-    plane = cv2.GaussianBlur(plane, (0, 0), rng.uniform(1, 6))
-    haze = cv2.resize(rng.random((5, 5)).astype(np.float32), (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)
+    plane = cv2.GaussianBlur(plane, (0, 0), rng.uniform(*radii))
+    haze = unevenness * cv2.resize(rng.random((5, 5)).astype(np.float32), (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)
     plane = plane * (1 - 0.25 * haze) + rng.uniform(0, 0.08) * haze
     return np.round(np.clip(plane, 0, 1) * 255).astype(np.uint8)
 
@@ -306,13 +319,14 @@ def _lit(rng: np.random.Generator, colour: Plane, spread: float) -> Plane:
     return lit
 
 
-def _with_shadow(rng: np.random.Generator, canvas: Plane, alpha: Plane) -> Plane:
+def with_shadow(rng: np.random.Generator, canvas: Plane, alpha: Plane) -> Plane:
+    """The canvas with the soft shadow of an object that will lie on it."""
     shift = np.array([[1, 0, rng.uniform(-8, 8)], [0, 1, rng.uniform(2, 10)]])
     shadow = cv2.GaussianBlur(cv2.warpAffine(alpha, shift, (SIZE, SIZE)), (0, 0), rng.uniform(2, 6))
     return canvas * (1 - rng.uniform(0.2, 0.6) * shadow[..., None])
 
 
-def _photographed(rng: np.random.Generator, canvas: Plane) -> Pixels:
+def photographed(rng: np.random.Generator, canvas: Plane) -> Pixels:
     """The whole image as a camera gives it: a little soft, lit as one, noisy."""
     if rng.random() < 0.5:
         canvas = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.3, 1.0))
