@@ -37,8 +37,8 @@ PASSED_OVER = ("oclock", "thirty", "moon", "globe")  # dozens of nearly the same
 COMMON = """
 and at baby behind big black blue bowl box brown button closed cut done ear electric face facing fast fish flying
 front fuel game glass good green half heart high hot house in japanese left light low lowered mark mobile mountain
-new not of old on oncoming one open orange out over paper photo piece pot power rain raised red right rolled roller round
-running shaped shirt shoe slow small snow soft speaker spiral star stick straight sun tear tilted timer tip two up
+new not of old on oncoming one open orange out over paper photo piece pot power rain raised red right rolled roller
+round running shaped shirt shoe slow small snow soft speaker spiral star stick straight sun tear tilted timer tip two up
 water white with without womans yellow
 """
 COMMON_WORDS = frozenset(COMMON.split())

@@ -11,6 +11,7 @@ pasted on backgrounds, and each looks for its class among the others.
 
 import argparse
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -95,7 +96,7 @@ class Student(nn.Module):
         layers = list(with_batch_norms(network.width))
         plain = (layer for layer in network.vgg.vgg if isinstance(layer, nn.Conv2d))
         x = normalised(images)
-        for conv, norm in zip(layers, layers[1:], strict=False):
+        for conv, norm in pairwise(layers):
             if isinstance(conv, nn.Conv2d):
                 assert isinstance(norm, nn.BatchNorm2d)
                 conv.load_state_dict(next(plain).state_dict())
@@ -267,7 +268,9 @@ def retrieval(
     """Top-1 and mean average precision by cosine, among pictures that are not of the same cut-out.
 
     Args:
-        vectors: [N, C]. labels: [N], the class of each. members: [N], the cut-out in its class.
+        vectors: [N, C].
+        labels: [N], the class of each.
+        members: [N], which cut-out of its class.
     """
     v = vectors - vectors.mean(0)
     v = v / np.linalg.norm(v, axis=1, keepdims=True).clip(1e-12)

@@ -46,6 +46,7 @@ def add_group_arguments(add: Callable[..., argparse.Action]) -> None:
         metavar="SHARE",
         help="of SISMs that are plainly wrong (default 0.2)",
     )
+    add("--photographic", action="store_true", help="objects, images and SISMs as in photographs, not in drawings")
     add("--seed", type=number(0), default=0, metavar="N", help="the same seed gives the same groups (default 0)")
 
 
@@ -61,9 +62,10 @@ def find_material(args: argparse.Namespace) -> "CutPaste":
         raise InputError(f"--distractors {low} {high}: expected MIN MAX with MIN ≤ MAX")
     try:
         from training.paste import CutPaste
+        from training.photographic import PhotographicPaste
     except ModuleNotFoundError as error:
         raise DependencyError(f"{error.name} is not installed: {how_to_install('train')}") from error
-    return CutPaste(args.cutouts, args.backgrounds)
+    return (PhotographicPaste if args.photographic else CutPaste)(args.cutouts, args.backgrounds)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

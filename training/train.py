@@ -8,6 +8,7 @@ Every step's batch follows from the seed and the step alone, so an interrupted r
 """
 
 import argparse
+import copy
 import math
 import signal
 import sys
@@ -29,7 +30,9 @@ from runtime.errors import CheckpointError, ICNetError, InputError
 from runtime.files import check_outputs, replacing, write_picture
 from training.batches import Batch, DataSetBatches, PastedBatches
 from training.paste import CutPaste
+from training.photographic import PhotographicPaste
 from training.progress import Steps, half_cosine
+from training.validation import Validation
 
 INITIAL_STD = 0.01  # of all weights but the backbone's (§4.1)
 
@@ -44,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--data", type=Path, help="folder with img/GROUP/NAME.jpg, gt/GROUP/NAME.png and sism/...")
     data.add_argument("--cutouts", type=Path, help="folder with CLASS/NAME.png, RGBA")
     data.add_argument("--backgrounds", type=Path, help="photographs, in folders of any depth")
+    data.add_argument("--photographic", action="store_true", help="paste as in photographs; see `icnet data paste`")
+    data.add_argument("--validation", type=Path, metavar="DATA", help="data set by which --weights is chosen")
     data.add_argument("--images", type=number(2), default=10, help="images of one group per step (default 10)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="checkpoint, written every --save-every steps")
     parser.add_argument("--weights", type=Path, help="write the weights alone as well, in FP16, when training is done")
@@ -51,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--card", type=_card, metavar="TEXT", help="what the checkpoint is for, in one line, e.g. 'drawings, a demo'"
     )
     parser.add_argument("--resume", action="store_true", help="go on from --output, if it is there")
+    parser.add_argument("--start", type=Path, metavar="CHECKPOINT", help="the weights to begin with, all layers")
     parser.add_argument(
         "--backbone", type=Path, help="vgg16_feat.pth, torchvision's VGG16, or from `icnet data pretrain`"
     )
@@ -89,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 # A run can be resumed only with the same values of these.
 SETTINGS = (
     "images", "width", "init", "epochs", "steps", "lr", "backbone_lr", "weight_decay", "schedule", "attention_loss",
-    "clip", "amp", "seed",
+    "clip", "amp", "seed", "photographic",
 )  # fmt: skip
 
 
@@ -112,10 +118,12 @@ def run(args: argparse.Namespace) -> int:
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # as PyTorch's own schedules call it
     losses: list[float] = []
+    scores: list[float] = []
     if args.resume and args.output.exists():
-        losses = _resume(args, network, optimizer)
-    train(args, network, optimizer, batches, losses)
-    if args.weights:
+        losses, scores = _resume(args, network, optimizer)
+    validation = Validation(args.validation, args.images, scores) if args.validation else None
+    train(args, network, optimizer, batches, losses, validation)
+    if args.weights and not args.validation:
         save_checkpoint(args.weights, _smaller(network), card=args.card)
     return 0
 
@@ -126,6 +134,7 @@ def train(
     optimizer: torch.optim.Optimizer,
     batches: DataSetBatches | PastedBatches,
     losses: list[float],
+    validation: Validation | None = None,
 ) -> None:
     """Take the remaining steps; `losses` has one entry per step already taken."""
     steps = len(batches)
@@ -149,7 +158,9 @@ def train(
             losses.append(loss)
             progress.advance(loss=loss)
             if len(losses) % args.save_every == 0 or len(losses) == steps or interrupted:
-                _save(args, network, optimizer, losses)
+                if validation and validation.is_best(interface, args.device) and args.weights:
+                    save_checkpoint(args.weights, _smaller(copy.deepcopy(network)), card=args.card)
+                _save(args, network, optimizer, losses, validation.scores if validation else [])
             if interrupted:
                 break
 
@@ -241,13 +252,13 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("give either --data, or --cutouts and --backgrounds")
     if args.cutouts and args.steps is None:
         raise InputError("--steps is needed with --cutouts: the number of groups made by cut and paste is unlimited")
-    if args.init == "paper" and args.backbone is None:
+    if args.init == "paper" and args.backbone is None and args.start is None:
         raise InputError("the paper's start needs a pretrained --backbone (or --init he, and a larger --lr)")
     if args.output.exists() and not args.resume:
         raise InputError(f"{args.output}: is there already; --resume to go on with it, or choose another --output")
     check_outputs(
         [args.output, args.output.with_suffix(".png"), args.weights],
-        [args.backbone, args.data, args.cutouts, args.backgrounds],
+        [args.start, args.backbone, args.validation, args.data, args.cutouts, args.backgrounds],
     )
     try:
         if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
@@ -258,7 +269,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _batches(args: argparse.Namespace) -> DataSetBatches | PastedBatches:
     if args.cutouts:
-        return PastedBatches(CutPaste(args.cutouts, args.backgrounds), args.seed, args.steps, args.images)
+        maker = (PhotographicPaste if args.photographic else CutPaste)(args.cutouts, args.backgrounds)
+        return PastedBatches(maker, args.seed, args.steps, args.images)
     batches = DataSetBatches(args.data, args.seed, args.images, args.epochs, args.steps)
     for name in batches.skipped:
         print(f"{args.data}: group {name!r} has one image only and is skipped", file=sys.stderr)
@@ -276,6 +288,11 @@ def _network(args: argparse.Namespace) -> ICNet:
                 nn.init.zeros_(parameter)
             elif parameter.ndim == 4:
                 nn.init.normal_(parameter, 0, INITIAL_STD)
+    if args.start:
+        try:
+            network.load_state_dict(load_checkpoint(args.start).state_dict())
+        except RuntimeError as error:
+            raise CheckpointError(f"{args.start}: is not of --width {args.width}") from error
     if args.backbone:
         load_backbone(network, args.backbone)
     return network
@@ -289,8 +306,10 @@ def _parameters(args: argparse.Namespace, network: ICNet) -> list[dict[str, Any]
     return [{"params": rest}, {"params": list(network.vgg.parameters()), "lr": args.backbone_lr}]
 
 
-def _resume(args: argparse.Namespace, network: ICNet, optimizer: torch.optim.Optimizer) -> list[float]:
-    """Load what `_save` wrote; the losses so far."""
+def _resume(
+    args: argparse.Namespace, network: ICNet, optimizer: torch.optim.Optimizer
+) -> tuple[list[float], list[float]]:
+    """Load what `_save` wrote; the losses so far, and the scores on the validation set."""
     load_checkpoint(args.output)  # its tensors are checked by name and shape
     checkpoint = read_checkpoint(args.output)
     training = checkpoint.get("training")
@@ -305,12 +324,18 @@ def _resume(args: argparse.Namespace, network: ICNet, optimizer: torch.optim.Opt
     network.load_state_dict(checkpoint["state_dict"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     args.card = args.card or card_of(checkpoint)
-    losses: list[float] = training["losses"]
-    return losses
+    return training["losses"], training.get("validation", [])
 
 
-def _save(args: argparse.Namespace, network: ICNet, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
-    training: dict[str, Any] = {"losses": losses, "settings": {name: getattr(args, name) for name in SETTINGS}}
+def _save(
+    args: argparse.Namespace,
+    network: ICNet,
+    optimizer: torch.optim.Optimizer,
+    losses: list[float],
+    scores: list[float],
+) -> None:
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    training: dict[str, Any] = {"losses": losses, "validation": scores, "settings": settings}
     save_checkpoint(args.output, network, optimizer, training, args.card)
     _plot(args.output.with_suffix(".png"), losses)
 
