@@ -47,6 +47,7 @@ COMMANDS = {
     "bench report": ("benchmarks.report", "cpu,export,bench", "tables and plots of the documents from the results"),
     "data cutouts": ("training.cutouts", "train", "cut-outs sorted by class, from open emoji sets"),
     "data photos": ("training.photos", "train", "cut-outs, backgrounds and photographs out of packages, by a manifest"),
+    "data pairs": ("training.pairs", "train", "photographs side by side, of which one is common, to evaluate on"),
     "data paste": ("training.groups", "train", "groups with ground truths, made by cut and paste"),
     "data distil": ("training.distil", "cpu,export,train,distil", "a backbone that learns from a teacher's features"),
     "data pretrain": ("training.pretrain", "cpu,export,train", "a VGG16 of any width that knows the cut-outs' classes"),

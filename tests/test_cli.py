@@ -39,7 +39,7 @@ def test_alone_it_prints_its_commands(icnet, words):
     assert listed == [
         "predict", "bank", "export", "build", "calibrate", "evaluate", "train",
         "bench latency", "bench throughput", "bench scaling", "bench roofline", "bench gpu-check", "bench report",
-        "data cutouts", "data paste", "data pretrain",
+        "data cutouts", "data photos", "data pairs", "data paste", "data distil", "data pretrain",
     ]  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def test_bench_and_data_alone_print_theirs(icnet):
         code, out, err = icnet(*words)
         assert (code, err) == (0, "")
         assert "icnet data COMMAND" in out
-        assert all(name in out for name in ("cutouts", "paste", "pretrain"))
+        assert all(name in out for name in ("cutouts", "photos", "pairs", "paste", "distil", "pretrain"))
         assert not any(name in out for name in ("latency", "predict"))
 
 
