@@ -2,8 +2,8 @@
 
 Photographs lie in CLASS/NAME, a detector's map of each in CLASS/NAME.png in a folder of its own. A group is a class:
 each of its photographs stands beside one of another class, in turn on the left and on the right. The SISM is both maps,
-the ground truth the common side's, from 0.5 on. With `--alone` nothing stands beside them: then the SISM is right, and a
-network has nothing to do but to keep it.
+the ground truth the common side's, from 0.5 on. With `--alone` nothing stands beside them: then the SISM is right, and
+a network has nothing to do but to keep it.
 """
 
 import argparse
@@ -26,9 +26,7 @@ HEIGHT = 320  # of a photograph, pixels
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `icnet data pairs`."""
     parser.add_argument("photographs", type=Path, help="folder with CLASS/NAME.jpg, two classes or more")
-    parser.add_argument(
-        "maps", type=Path, help="folder with CLASS/NAME.png, a detector's maps that were looked through"
-    )
+    parser.add_argument("maps", type=Path, help="folder with CLASS/NAME.png, a detector's maps, checked by eye")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DATA", help="data set: img/, gt/, sism/")
     parser.add_argument("--alone", action="store_true", help="one photograph in each image")
     parser.add_argument("--seed", type=number(0), default=0, metavar="N", help="of the pairs (default 0)")
