@@ -132,7 +132,7 @@ class Student(nn.Module):
 @torch.no_grad()
 def _as_identity(norm: nn.BatchNorm2d, seen: Tensor) -> None:
     """Make a batch norm one that changes nothing, if what it sees is distributed as `seen`, [B, C, H, W]."""
-    mean, variance = seen.mean((0, 2, 3)), seen.var((0, 2, 3)).clamp_min(1e-6)
+    mean, variance = seen.mean((0, 2, 3)), seen.var((0, 2, 3), correction=0)
     assert norm.running_mean is not None
     assert norm.running_var is not None
     norm.weight.copy_((variance + norm.eps).sqrt())

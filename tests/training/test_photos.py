@@ -186,7 +186,8 @@ def test_a_student_begins_as_its_network_and_gives_its_backbone(material):
     frozen = [p.clone() for p in student.frozen.parameters()]
     with torch.no_grad():
         expected = network.vgg(normalised(images))[-1]
-        torch.testing.assert_close(student.last(student.middle(student.frozen(normalised(images)))), expected)
+        found = student.last(student.middle(student.frozen(normalised(images))))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], 0.1)
     targets = torch.randn(4, 112, 8, 8), torch.randn(4, 320, 4, 4)
     losses = []
