@@ -1,4 +1,4 @@
-"""Is anything hollowed out? Median IoU, at 0.5, of each model's maps with right SISMs: `kept.py DATA OUTPUT MODEL...`."""
+"""Is anything hollowed out? Median IoU at 0.5 of each model's maps with right SISMs: `kept.py DATA OUTPUT MODEL...`."""
 
 import sys
 from pathlib import Path
