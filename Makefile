@@ -39,7 +39,7 @@ bench: .venv/bench  ## latency and memory, side by side
 gpu-check: .venv-gpu/ready  ## on a machine with a GPU: whatever needs one, compared with the CPU (CHECKPOINT=FILE to give a network)
 	.venv-gpu/bin/icnet bench gpu-check $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)')
 
-weights: .venv/test  ## train the demo checkpoint again and measure it (needs npm and apt-get; two hours)
+weights: .venv/weights  ## train the demo checkpoints again and measure them (needs npm and apt-get; three hours)
 	$(MAKE) -C weights
 
 clean:
@@ -54,6 +54,7 @@ clean:
 .venv/demo: EXTRAS := cpu,opencv,export
 .venv/bench: EXTRAS := cpu,openvino,mnn,export,bench
 .venv/test: EXTRAS := cpu,openvino,mnn,opencv,export,evaluate,calibrate,train,triton,test,web-test
+.venv/weights: EXTRAS := cpu,mnn,opencv,export,evaluate,calibrate,train,distil
 
 # An environment of its own: onnxruntime-gpu can't be beside onnxruntime. NVIDIA's tensorrt runs on every card that has
 # compute capability 7.5 or more; TensorRT-RTX, which is on PyPI, takes its place on some of them.
