@@ -244,7 +244,7 @@ class Retrieval:
 
         That is what ICNet compares (its SIVs), at conv4_3 and at conv5_3.
         """
-        scores = {}
+        scores: dict[str, float] = {}
         vectors = self._vectors(network)
         for name, of_level in zip(("conv4_3", "conv5_3"), vectors, strict=True):
             top, precision = retrieval(of_level, self.labels, self.members)
