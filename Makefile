@@ -1,22 +1,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SAMPLE := tests/data/pasted
+PHOTOS := tests/data/photos
 GROUPS := 100000
 PORT := 8000
 
 .PHONY: demo web test lint bench faults soak gpu-check weights clean
 
-demo: .venv/demo  ## set up, export the demo checkpoint, run it on groups that it has never seen
+demo: .venv/demo  ## set up, export two checkpoints, run them on groups that they have never seen
 	@mkdir -p build
+	$(BIN)/python export/to_onnx.py --checkpoint weights/icnet_photos.pth --output build/icnet_photos.onnx
+	for group in fish towers; do $(BIN)/icnet predict $(PHOTOS)/$$group --model build/icnet_photos.onnx \
+		--write maps,masks,cutouts,boxes --output build/demo || exit; done
 	$(BIN)/python export/to_onnx.py --checkpoint weights/icnet_demo.pth --output build/icnet.onnx
 	$(BIN)/icnet predict $(SAMPLE) --model build/icnet.onnx --output build/demo
-	$(BIN)/icnet predict tests/data/bird --model build/icnet.onnx --sisms builtin --output build/demo
-	@echo "Look at build/demo/*/contact_sheet.jpg (this small network knows drawings only: on the photographs it fails)"
-
-web: .venv/demo  ## the page that runs in a browser, with the demo checkpoint, on http://127.0.0.1:PORT/ (needs npm)
-	@mkdir -p build/web
-	$(BIN)/icnet export --checkpoint weights/icnet_demo.pth --banked --output build/web/icnet.onnx
-	$(BIN)/icnet web --model build/web/icnet.onnx --samples $(SAMPLE) --output build/web/site --serve $(PORT)
+	@echo "Look at build/demo/*/contact_sheet.jpg: photographs cut out (fish, towers), drawings told apart (crab, owl, violin)"
 
 test: .venv/test  ## set up, run all tests, in as many processes as there are cores, at most 4
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal

@@ -56,7 +56,7 @@ def all_options() -> frozenset[str]:
         "--metrics-address",
         "--model-control-mode",
     }
-    return frozenset(options | triton | {"--help", "--version", "--weightQuantBits"})
+    return frozenset(options | triton | {"--help", "--version", "--weightQuantBits", "--speed"})
 
 
 def command_lines(page: Path) -> list[str]:

@@ -56,7 +56,10 @@ def test_what_loses_too_much_or_can_not_be_made_is_left_out(icnet, exports, data
     def make(candidate):
         return "it is not installed" if candidate.path.suffix == ".mnn" else made(candidate)
 
-    scores = iter([Metrics(0.9), *[Metrics(0.8)] * 9])
+    def score(value):
+        return Metrics(1, 0, 0.1, value, value, value, np.zeros(256), np.zeros(256))
+
+    scores = iter([score(0.9), *[score(0.8)] * 9])
     monkeypatch.setattr(best, "_make", make)
     monkeypatch.setattr(best, "evaluate", lambda *_: next(scores))
     monkeypatch.setattr(best, "candidates", lambda *a: [c for c in real(*a) if "int8" not in c.path.name])

@@ -225,10 +225,10 @@ def test_the_weights_that_do_best_on_the_validation_set_are_kept(icnet, material
     save_checkpoint(tmp_path / "start.pth", random_network(1 / 16))
     kept = []
 
-    def weights(path, network, *rest):
+    def weights(path, network, *rest, **named):
         if path.name == "best.pth":
             kept.append(network.conv4_cmprs.weight.detach().float().sum().item())
-        save_checkpoint(path, network, *rest)
+        save_checkpoint(path, network, *rest, **named)
 
     monkeypatch.setattr("training.train.save_checkpoint", weights)
     code, out, _ = icnet(
