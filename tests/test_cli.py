@@ -37,9 +37,10 @@ def test_alone_it_prints_its_commands(icnet, words):
     assert (code, err) == (0, "")
     listed = [line.split("  ")[1] for line in out.splitlines() if line.startswith("  ") and "--" not in line]
     assert listed == [
-        "predict", "bank", "export", "build", "calibrate", "evaluate", "train",
+        "predict", "triton", "bank", "web", "export", "build", "calibrate", "evaluate", "train",
         "bench latency", "bench throughput", "bench scaling", "bench roofline", "bench gpu-check", "bench report",
-        "data cutouts", "data photos", "data pairs", "data paste", "data distil", "data pretrain",
+        "data cutouts", "data photos", "data pairs", "data paste", "data targets", "data detector", "data distil",
+        "data pretrain",
     ]  # fmt: skip
 
 

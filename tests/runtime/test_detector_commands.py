@@ -130,6 +130,7 @@ def test_kept_sisms_as_input_are_not_deleted(icnet, onnx_file, photos, detector,
 
 
 def test_with_nothing_said(icnet, onnx_file, photos, detector, tmp_path, monkeypatch):
+    monkeypatch.setattr("runtime.files.__file__", str(tmp_path / "runtime/files.py"))  # a package without models
     for path in (photos, photos / "img/cats", photos / "img/cats/a.jpg"):
         code, _, err = icnet("predict", path, "-m", onnx_file, "-o", tmp_path / "out")
         assert code == 0
@@ -145,7 +146,6 @@ def test_with_nothing_said(icnet, onnx_file, photos, detector, tmp_path, monkeyp
     models.mkdir(parents=True)
     shutil.copy(onnx_file, models / "icnet.onnx")
     detector_file(models / "detector.onnx", dtype="uint8")
-    monkeypatch.setattr("runtime.files.__file__", str(tmp_path / "runtime/files.py"))
     assert icnet("predict", photos, "-o", tmp_path / "bundled")[0] == 0
     made_from = json.loads((tmp_path / "bundled/dogs/icnet.json").read_text())["made_from"]
     for role, name in (("model", "icnet.onnx"), ("detector", "detector.onnx")):
