@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from export.to_onnx import write_onnx
 from runtime import Predictor
 from runtime.contract import WEIGHTS as DIGEST
 from runtime.files import digest
+from runtime.preprocess import restore_map
 from tests.helpers import DATA
 
 WEIGHTS = Path(__file__).parents[2] / "weights"
@@ -147,3 +149,34 @@ def test_the_scores_on_the_detectors_card_are_those_that_were_measured():
     for name in ("detector.json", "detector_builtin.json", "detector_u2netp.json"):
         numbers = [f"{row[metric]:.3f}" for row in detector_scores(name) for metric in ("max_f", "mae")]
         assert "| " + " | ".join(numbers) + " |" in card, name
+
+
+PHOTOS = WEIGHTS / "icnet_photos.pth"
+SHIPPED = DETECTOR.with_name("icnet.onnx")
+
+
+def test_the_network_that_is_shipped_is_the_checkpoint_for_photographs():
+    assert (
+        metadata(load_model(SHIPPED))[DIGEST]
+        == weights_digest(load_checkpoint(PHOTOS))
+        == read_checkpoint(PHOTOS)[DIGEST]
+    )
+    with Predictor(SHIPPED) as predictor:
+        assert predictor.card == read_card(PHOTOS)
+    assert "does not tell two in one photograph apart" in (read_card(PHOTOS) or "")
+
+
+def test_nothing_is_hollowed_out_that_the_detector_marks():
+    photos = sorted((DATA / "photos/fish").glob("*.jpg"))
+    with Predictor(SHIPPED, sism_model=DETECTOR) as chain:
+        maps = chain(photos)
+        sisms = [restore_map(image, size) for image, size in detected(chain, photos)]
+    kept = [(m >= 0.5) & (s >= 0.5) for m, s in zip(maps, sisms, strict=True)]
+    either = [(m >= 0.5) | (s >= 0.5) for m, s in zip(maps, sisms, strict=True)]
+    assert np.median([a.sum() / b.sum() for a, b in zip(kept, either, strict=True)]) >= 0.85
+
+
+def detected(chain, photos):
+    """What the detector of a Predictor makes of photographs, and their sizes."""
+    seen = [chain.detector.look(photo) for photo in photos]
+    return zip(chain.detector(seen), [image.size for image in seen], strict=True)
