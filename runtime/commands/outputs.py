@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,6 @@ from runtime.files import json_bytes
 from runtime.groups import Group
 from runtime.preprocess import GroupPixels, restore_map, save_map
 
-if TYPE_CHECKING:
-    from runtime.commands.results import GroupResults
-
 SHEET = "contact_sheet.jpg"
 BOXES = "boxes.json"
 KINDS = ("maps", "masks", "cutouts", "boxes")
@@ -31,6 +28,8 @@ SISMS = "sisms"  # the folder of the SISMs of a detector, if they are kept
 # In a group's folder, and the suffixes in them.
 FOLDERS = {"": (".png",), SISMS: (".png",), "masks": (".png",), "cutouts": (".png", ".webp")}
 LEVEL = 0.5  # from which on a map's pixels count, unless --level says another, to tell how full it is
+
+Write = Callable[[str, Callable[[BinaryIO], object]], None]
 
 
 class Fullness(NamedTuple):
@@ -115,13 +114,13 @@ def chosen(args: argparse.Namespace) -> Outputs:
 
 
 def writes(
-    group: Group, results: "GroupResults", asked: Outputs, pixels: GroupPixels, maps: NDArray[np.float32]
+    group: Group, write: Write, asked: Outputs, pixels: GroupPixels, maps: NDArray[np.float32]
 ) -> list[Callable[[], Fullness | None]]:
     """What follows on a group's maps: calls that write its files.
 
     Args:
         group: the group.
-        results: takes the files.
+        write: takes a file's name in the group's folder, and a call that saves it: `GroupResults.write`.
         asked: what is written.
         pixels: the group as the network took it.
         maps: float32 [N, 224, 224] in [0, 1].
@@ -129,16 +128,16 @@ def writes(
     Returns:
         A call per image, which tells how full its map is; and one for the contact sheet.
     """
-    return _Writer(group, results, asked, pixels, maps).calls()
+    return _Writer(group, write, asked, pixels, maps).calls()
 
 
 class _Writer:
     """Writes one group's files, in several threads."""
 
     def __init__(
-        self, group: Group, results: "GroupResults", asked: Outputs, pixels: GroupPixels, maps: NDArray[np.float32]
+        self, group: Group, write: Write, asked: Outputs, pixels: GroupPixels, maps: NDArray[np.float32]
     ) -> None:
-        self._group, self._results, self._asked, self._pixels, self._maps = group, results, asked, pixels, maps
+        self._group, self._write, self._asked, self._pixels, self._maps = group, write, asked, pixels, maps
         self._boxes: dict[int, list[outputs.Box]] = {}  # of each image
         self._lock = threading.Lock()
 
@@ -149,16 +148,16 @@ class _Writer:
         names, image = self._asked.names(self._group.images[i]), self._group.images[i]
         map_ = restore_map(self._maps[i], self._pixels.sizes[i])
         if "maps" in names:
-            self._results.write(names["maps"], partial(save_map, map_))
+            self._write(names["maps"], partial(save_map, map_))
         if "masks" in names or "boxes" in self._asked.kinds:
             mask = outputs.mask(map_, self._asked.level)
             if "masks" in names:
-                self._results.write(names["masks"], partial(save_map, mask.astype(np.float32)))
+                self._write(names["masks"], partial(save_map, mask.astype(np.float32)))
             if "boxes" in self._asked.kinds:
                 self._add_boxes(i, outputs.boxes(mask, map_))
         if "cutouts" in names:
             cutout = outputs.cutout(image, map_)
-            self._results.write(names["cutouts"], partial(_save_cutout, cutout, self._asked.cutout_format))
+            self._write(names["cutouts"], partial(_save_cutout, cutout, self._asked.cutout_format))
         share = float((self._maps[i] >= self._asked.counted_from).mean())
         return Fullness(f"{self._group.name}/{image.stem}", share)
 
@@ -169,12 +168,12 @@ class _Writer:
             complete = len(self._boxes) == len(self._group.images)
         if complete:
             content = json_bytes(_coco(self._group, self._pixels, self._boxes))
-            self._results.write(BOXES, lambda file: file.write(content))
+            self._write(BOXES, lambda file: file.write(content))
 
     def _write_sheet(self) -> None:
         pixels, cutouts = self._pixels, "cutouts" in self._asked.kinds
         sheet = contact_sheet(pixels.images, pixels.sisms, self._maps, pixels.sizes, self._group.name, cutouts)
-        self._results.write(SHEET, partial(sheet.save, format="JPEG", quality=90))
+        self._write(SHEET, partial(sheet.save, format="JPEG", quality=90))
 
 
 def _coco(group: Group, pixels: GroupPixels, boxes: dict[int, list[outputs.Box]]) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
                             summary.finished += 1
                             progress.advance(bar)
                             continue
-                        follow = partial(outputs.writes, group, results, asked)
+                        follow = partial(outputs.writes, group, results.write, asked)
                         task = Task(
                             predictor.pipeline.reads(
                                 group.images, results.kept_sisms if detected else group.sisms, kept=bank is not None
