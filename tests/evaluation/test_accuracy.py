@@ -295,7 +295,11 @@ MAPS = ("data", "--models", "data/gt")
         (lambda d: (d / "x.onnx").write_text("x"), ("data", "--models", "data/x.onnx"), "x.onnx: not an ONNX model"),
         (lambda d: None, (*MAPS, "data/../data/gt"), "data/../data/gt: the same model twice"),
         (lambda d: None, ("data", "data", "--models", "data/gt"), "data: the same data set twice"),
-        (lambda d: None, ("data", "--models", "data/img/dogs"), "a.jpg: no map for it: expected data/img/dogs/cats/a"),
+        (
+            lambda d: None,
+            ("data", "--models", "data/img/dogs"),
+            "no map for 2 of 2 images (a.jpg, b.png): expected data/img/dogs/cats/a",
+        ),
         (
             lambda d: ((d / "m").mkdir(), (d / "m/cats").symlink_to(d / "gt/cats")),
             ("data", "--models", "data/m"),

@@ -62,7 +62,7 @@ def test_wrong_files_are_one_line_and_leave_nothing(icnet, model_file, tmp_path)
     out = tmp_path / "out"
     for name, message in [
         ("none.onnx", "none.onnx: no such file"),
-        (".", "can't be read: Is a directory"),
+        (".", "not a model file"),
         ("text.onnx", "text.onnx: TensorRT can't read it: Assertion failed"),
         ("empty.onnx", "expected inputs images uint8 [N, 224, 224, 3], sisms"),
         ("empty.onnx", "found inputs none and outputs none"),

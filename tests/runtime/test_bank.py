@@ -373,7 +373,6 @@ def test_bank_commands_that_can_not_be_done(icnet, exports, folders, other, tmp_
     before = (folders / "mugs/a.png").read_bytes()
     for arguments, message in [
         (("bank", folders / "mugs", "--model", lone, *sisms, "--output", tmp_path / "x"), "--banked --output"),
-        (("bank", folders / "mugs", "--model", exports, "--output", tmp_path / "x"), "no SISMs"),
         (("bank", tmp_path / "data", "--model", exports, "--output", tmp_path / "x"), "name the folder of one group"),
         (("bank", folders / "mugs", "--model", exports, *sisms, "--output", folders / "mugs/a.png"), "is an input"),
         (("bank", folders / "none", "--model", exports, *sisms, "--output", tmp_path / "x"), "no such folder"),

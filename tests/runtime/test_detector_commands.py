@@ -139,6 +139,8 @@ def test_with_nothing_said(icnet, onnx_file, photos, detector, tmp_path, monkeyp
         assert len(err.strip().splitlines()) == 1
     assert json.loads((tmp_path / "out/dogs/icnet.json").read_text())["made_from"]["sisms"] == "builtin"
 
+    code, _, err = icnet("predict", photos, "-m", onnx_file, "--keep-sisms", "-o", tmp_path / "kept")
+    assert (code, "--keep-sisms keeps the SISMs of a detector: name its file" in err) == (2, True)
     code, _, err = icnet("predict", photos, "-o", tmp_path / "out")
     assert (code, "no model: name one with --model" in err) == (2, True)
 

@@ -77,7 +77,7 @@ def test_an_error_of_the_caller_s_iterator_comes_after_the_groups_before_it(pred
         ("ab", r"groups\[1\]: expected \(images, sisms\), got str"),
         (([PHOTO],), r"groups\[1\]: expected \(images, sisms\), got 1 entries"),
         (([PHOTO], [PHOTO], True), r"groups\[1\]: expected \(images, sisms\), got 3 entries"),
-        (([PHOTO], None), "sisms: expected a sequence"),
+        (([PHOTO], None), "no SISMs: give one per image, or open the Predictor with a detector"),
         ((BytesIO(b"x\ny"), BytesIO(b"x\ny")), "images: expected a sequence with one entry per image, got BytesIO"),
         ((bytearray(b"xy"), bytearray(b"xy")), "images: expected a sequence with one entry per image, got bytearray"),
     ],

@@ -273,11 +273,6 @@ def test_an_interrupted_write_leaves_nothing_half_written(model_file, dataset, t
     [
         (lambda d: None, ("nowhere", "--sisms", "builtin"), "nowhere: no such folder"),
         (lambda d: (d / "empty").mkdir(), ("data/empty", "--sisms", "builtin"), "empty: no images in it"),
-        (
-            lambda d: None,
-            ("data/img/cats", "--keep-sisms"),
-            "--keep-sisms keeps the SISMs of a detector: name its file",
-        ),
         (lambda d: None, ("data/img/cats", "--sisms", "nowhere"), "nowhere: no such folder (it should hold the SISMs)"),
         (
             lambda d: (d / "img/cats/a.png").write_bytes(b""),

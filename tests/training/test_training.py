@@ -271,13 +271,13 @@ def test_an_interrupted_training_goes_on_bit_exactly(icnet, pasted, tmp_path, mo
 def test_the_options_of_the_optimiser_reach_it_and_survive_a_resume(icnet, pasted, tmp_path, monkeypatch):
     seen = []
 
-    def spy(args, network, optimizer, batches, losses):
+    def spy(args, network, optimizer, batches, losses, *_):
         backbone = {id(parameter) for parameter in network.vgg.parameters()}
         for group in optimizer.param_groups:
             of_backbone = {id(parameter) in backbone for parameter in group["params"]}
             seen.append((of_backbone, len(group["params"]), group["lr"], group["weight_decay"]))
         losses.append(0.5)
-        training.train._save(args, network, optimizer, losses)
+        training.train._save(args, network, optimizer, losses, [])
 
     monkeypatch.setattr(training.train, "train", spy)
     options = ["train", *pasted, "--steps", 2, "--output", tmp_path / "out.pth"]
@@ -332,7 +332,9 @@ def test_the_papers_start(tmp_path):
     save_checkpoint(tmp_path / "whole.pth", random_network(0.25))
     vgg = random_network(0.25).vgg.vgg
     torch.save(vgg.state_dict(), tmp_path / "vgg.pth")
-    network = training.train._network(argparse.Namespace(width=0.25, init="paper", backbone=tmp_path / "vgg.pth"))
+    network = training.train._network(
+        argparse.Namespace(width=0.25, init="paper", backbone=tmp_path / "vgg.pth", start=None)
+    )
     assert all(torch.equal(a, b) for a, b in zip(vgg.parameters(), network.vgg.vgg.parameters(), strict=True))
     weight, bias = network.Co5.conv[0].weight, network.Co5.conv[0].bias
     assert weight.std().item() == pytest.approx(0.01, rel=0.1)
