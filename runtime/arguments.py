@@ -1,4 +1,4 @@
-"""What a caller of `Predictor` gives: paths, and sequences with one entry per image."""
+"""What a caller of `Predictor` gives: paths, sequences with one entry per image, groups, tensors."""
 
 import io
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from runtime.contract import INPUTS, TensorSpec
 from runtime.errors import InputError
 from runtime.preprocess import EXPECTED, ImageSource
 
@@ -49,3 +50,28 @@ def listed(sources: Iterable[ImageSource], what: str, ndim: int) -> list[ImageSo
         if source is None:  # which inside the package asks for a built-in SISM
             raise InputError(f"{what}[{index}]: {EXPECTED}, got NoneType")
     return entries
+
+
+def check_groups(groups: object, on_error: object) -> None:
+    """Raise InputError unless these are groups, and a way to meet errors."""
+    if isinstance(groups, UNORDERED) or not isinstance(groups, Iterable):
+        raise InputError(f"groups: expected (images, sisms) for each group, got {type(groups).__name__}")
+    if on_error not in ("raise", "return"):
+        raise InputError(f"on_error={on_error!r}: expected 'raise' or 'return'")
+
+
+def check_pair(index: int, group: object) -> None:
+    """Raise InputError unless a group is a pair (images, SISMs)."""
+    if not (isinstance(group, tuple | list) and len(group) == 2):
+        kind = f"{len(group)} entries" if isinstance(group, tuple | list) else type(group).__name__
+        raise InputError(f"groups[{index}]: expected (images, sisms), got {kind}")
+
+
+def check_tensors(*arrays: object) -> None:
+    """Raise InputError unless these are a group's images and SISMs at the network's size."""
+    for spec, array in zip(INPUTS, arrays, strict=True):
+        if not isinstance(array, np.ndarray):
+            raise InputError(f"{spec.name}: expected a NumPy array, got {type(array).__name__}")
+        found = TensorSpec(spec.name, str(array.dtype), array.shape)
+        if len(array.shape) != len(spec.shape) or not spec.accepts(found):
+            raise InputError(f"expected {spec}, got {found}")

@@ -12,14 +12,14 @@ from typing import Any, Literal, Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.arguments import UNORDERED, images_alone, listed, path_of
+from runtime.arguments import check_groups, check_pair, check_tensors, images_alone, listed, path_of
 from runtime.backends import Backend
 from runtime.backends.onnx import CPU
 from runtime.backends.onnx_gpu import Provider, name_of
 from runtime.backends.opening import ENGINE_SUFFIXES, MNN_SUFFIX, open_backend
 from runtime.bank import Bank
 from runtime.bank_models import BankModels, differ, most_images
-from runtime.contract import INPUTS, SIZE, ExportKind, TensorSpec
+from runtime.contract import SIZE, ExportKind
 from runtime.detector import Detector
 from runtime.errors import ICNetError, InputError, ModelError
 from runtime.packing import Tensors
@@ -272,7 +272,7 @@ class Predictor:
                 closed, whatever `on_error`.
             Exception: from the iterator: what `groups` raises, after all groups before it.
         """
-        _check_groups(groups, on_error)
+        check_groups(groups, on_error)
         if not (isinstance(ahead, int) and ahead >= 1):
             raise InputError(f"ahead={ahead!r}: expected a number from 1")
         return self._outcomes(self.pipeline.stream(self._tasks(groups), ahead=ahead), on_error == "raise")
@@ -304,7 +304,7 @@ class Predictor:
         """
         if bank is not None:
             self.pipeline.bank_models().check(bank)
-        _check_tensors(images, sisms)
+        check_tensors(images, sisms)
         self.pipeline.check_group(len(images), len(sisms), kept=bank is not None)
         return self.pipeline.maps(images, sisms, bank)
 
@@ -337,13 +337,13 @@ class Predictor:
             InputError: an argument is not that.
             ICNetError: as `predict_tensors` does; or the Predictor was closed, whatever `on_error`.
         """
-        _check_groups(groups, on_error)
+        check_groups(groups, on_error)
 
         def tasks() -> Iterator[Task[NDArray[np.float32]] | ICNetError]:
             for index, group in enumerate(groups):
                 try:
-                    _check_pair(index, group)
-                    _check_tensors(*group)
+                    check_pair(index, group)
+                    check_tensors(*group)
                     self.pipeline.check_group(len(group[0]), len(group[1]))
                 except ICNetError as error:
                     yield error
@@ -378,7 +378,7 @@ class Predictor:
                 if self._makes_sisms and images_alone(group):
                     sources = self._listed(group, None)
                 else:
-                    _check_pair(index, group)
+                    check_pair(index, group)
                     sources = self._listed(*group)
                 task = Task(self.pipeline.reads(*sources), restores)
             except ICNetError as error:
@@ -422,25 +422,3 @@ def _compare_devices(model: Path, detector: Path, providers: Sequence[Provider])
             "%s runs on %s, the detector %s on %s; providers (--device) say where a detector runs",
             *(model, places[model_on_gpu], detector, places[detector_on_gpu]),
         )
-
-
-def _check_groups(groups: object, on_error: object) -> None:
-    if isinstance(groups, UNORDERED) or not isinstance(groups, Iterable):
-        raise InputError(f"groups: expected (images, sisms) for each group, got {type(groups).__name__}")
-    if on_error not in ("raise", "return"):
-        raise InputError(f"on_error={on_error!r}: expected 'raise' or 'return'")
-
-
-def _check_pair(index: int, group: object) -> None:
-    if not (isinstance(group, tuple | list) and len(group) == 2):
-        kind = f"{len(group)} entries" if isinstance(group, tuple | list) else type(group).__name__
-        raise InputError(f"groups[{index}]: expected (images, sisms), got {kind}")
-
-
-def _check_tensors(*arrays: object) -> None:
-    for spec, array in zip(INPUTS, arrays, strict=True):
-        if not isinstance(array, np.ndarray):
-            raise InputError(f"{spec.name}: expected a NumPy array, got {type(array).__name__}")
-        found = TensorSpec(spec.name, str(array.dtype), array.shape)
-        if len(array.shape) != len(spec.shape) or not spec.accepts(found):
-            raise InputError(f"expected {spec}, got {found}")
