@@ -26,7 +26,7 @@ from benchmarks.machine import peak_memory
 from benchmarks.records import Alone
 from benchmarks.timing import seconds
 from runtime import DependencyError, ICNetError, ModelError, Predictor
-from runtime.backends.onnx import CPU
+from runtime.backends.onnx_session import CPU
 from runtime.errors import how_to_install, one_line
 from runtime.files import bank_files, digest
 

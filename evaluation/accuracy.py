@@ -26,7 +26,7 @@ from evaluation.dataset import BUILTIN, Dataset, Maps, evaluate, find_dataset
 from evaluation.metrics import BETA2, TITLES
 from evaluation.record import SISMS, labels, recording, versions
 from runtime import DependencyError, InputError, Predictor
-from runtime.backends.onnx import CPU
+from runtime.backends.onnx_session import CPU
 from runtime.commands.detector import add_detector_arguments, speaking
 from runtime.commands.device import add_device_argument, place
 from runtime.commands.options import number, share

@@ -200,7 +200,7 @@ def cpu_session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # as in runtime.backends.onnx
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # as in runtime.backends.onnx_session
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if profile is not None:

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtime.backends.onnx import CPU, reason, spec_of, start_session
 from runtime.backends.onnx_gpu import Provider
+from runtime.backends.onnx_session import CPU, reason, session_tensors, start_session
 from runtime.backends.opening import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES, MNN_SUFFIX, OPENVINO_SUFFIX
 from runtime.contract import Dim, TensorSpec, check_contract
 from runtime.detector_families import FAMILIES, PRESETS, U2NET, Family, Normalisation, normalisation
@@ -109,8 +109,7 @@ class Detector:
         self._session: Any = start_session(path, threads, providers).session  # None: closed
         self._lock = threading.Lock()
         self._unsaid = threading.Semaphore()  # that an image is too large is said once
-        outputs = [spec_of(tensor) for tensor in self._session.get_outputs()]
-        inputs = [spec_of(tensor) for tensor in self._session.get_inputs()]
+        inputs, outputs = session_tensors(self._session)
         self._outputs = _candidates(path, inputs, outputs)
         self._input = inputs[0]
         own = INPUT.name == self._input.name and self._input.dtype == INPUT.dtype and outputs[0].name == OUTPUT.name

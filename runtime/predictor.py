@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from runtime.arguments import check_groups, check_pair, check_tensors, images_alone, listed, path_of
 from runtime.backends import Backend
-from runtime.backends.onnx import CPU
 from runtime.backends.onnx_gpu import Provider, name_of
+from runtime.backends.onnx_session import CPU
 from runtime.backends.opening import ENGINE_SUFFIXES, MNN_SUFFIX, open_backend
 from runtime.bank import Bank
 from runtime.bank_models import BankModels, differ, most_images

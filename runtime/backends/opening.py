@@ -7,8 +7,9 @@ from pathlib import Path
 
 from runtime.backends import Backend
 from runtime.backends.mnn import MnnBackend
-from runtime.backends.onnx import CPU, OnnxBackend
+from runtime.backends.onnx import OnnxBackend
 from runtime.backends.onnx_gpu import Provider
+from runtime.backends.onnx_session import CPU
 from runtime.backends.openvino import OpenVinoBackend
 from runtime.backends.tensorrt import TensorRTBackend
 from runtime.errors import InputError, ModelError

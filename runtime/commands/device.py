@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from runtime.backends.onnx import CPU
 from runtime.backends.onnx_gpu import Provider
+from runtime.backends.onnx_session import CPU
 from runtime.backends.opening import ENGINE_SUFFIXES, MNN_SUFFIX, OPENVINO_SUFFIX
 from runtime.errors import InputError
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from runtime import __version__
 from runtime.backends.engine_file import read_engine
-from runtime.backends.onnx import tensors
+from runtime.backends.onnx_session import tensors
 from runtime.backends.opening import ENGINE_SUFFIXES, MNN_SUFFIX, OPENVINO_SUFFIX
 from runtime.commands.device import add_device_argument, place
 from runtime.commands.options import number, positive

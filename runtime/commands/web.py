@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime import __version__
-from runtime.backends.onnx import CPU, spec_of, start_session
+from runtime.backends.onnx_session import tensors
 from runtime.commands.detector import has_sisms, sism_folder
 from runtime.commands.predict import model_files, model_of
 from runtime.contract import SIZE, TensorSpec
@@ -213,9 +213,7 @@ def _noise(*shape: int) -> NDArray[np.uint8]:
 def _check_detector(path: Path) -> None:
     """Raise ModelError unless the file is a detector that the page can run."""
     check_seal(path)
-    session = start_session(path, None, [CPU]).session
-    tensors = [list(map(spec_of, found)) for found in (session.get_inputs(), session.get_outputs())]
-    for expected, found in zip((INPUT, OUTPUT), tensors, strict=True):
+    for expected, found in zip((INPUT, OUTPUT), tensors(path), strict=True):
         spec = found[0] if len(found) == 1 else TensorSpec("", "", ())
         fixed = spec.shape[3:] == expected.shape[3:] and len(spec.shape) == len(expected.shape)
         if (spec.name, spec.dtype) != (expected.name, expected.dtype) or not fixed:
