@@ -10,6 +10,7 @@ import datetime
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,15 +24,18 @@ from rich.table import Table
 
 from evaluation import bank_sizes, corrupted_sisms
 from evaluation.dataset import BUILTIN, Dataset, Maps, evaluate, find_dataset
-from evaluation.metrics import BETA2, TITLES
+from evaluation.metrics import BETA2, TITLES, Metrics
 from evaluation.record import SISMS, labels, recording, versions
+from evaluation.report import EvaluationReport
 from runtime import DependencyError, InputError, Predictor
 from runtime.backends.onnx_session import CPU
 from runtime.commands.detector import add_detector_arguments, speaking
 from runtime.commands.device import add_device_argument, place
 from runtime.commands.options import number, share
+from runtime.commands.predict import engine_of
+from runtime.commands.report import REPORT
 from runtime.detector import Detector
-from runtime.errors import how_to_install
+from runtime.errors import how_to_install, printable
 from runtime.files import bank_files, check_outputs, digest, same_file, write_picture
 from training.groups import add_group_arguments, add_material_arguments
 
@@ -122,6 +126,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-t", "--threads", type=int, metavar="N", help="CPU threads of a model (default: one per core)")
     add_device_argument(add)
     add("-o", "--output", type=Path, metavar="JSON", help="write the results, with all curves")
+    add(
+        "--report", type=Path, metavar="DIR", help="pages to look at and to mail, DIR/report.html: the worst maps first"
+    )
     add("--plot", type=Path, metavar="PNG", help="draw the curves: precision over recall, or max F and MAE")
     modes = parser.add_argument_group(
         "groups made by cut and paste, in place of DATA", "needs --cutouts, --backgrounds and --models"
@@ -150,6 +157,9 @@ def run(args: argparse.Namespace) -> int:
     _check_options(args)
     _check_paths(args)
     datasets = _find_datasets(args)
+    named = len(args.data) > 1 or len(args.models) > 1
+    runs = [f"{path.name}, {engine_of(path)}, {args.device or 'cpu'}" for path in args.models if path.is_file()]
+    report = EvaluationReport(args.report, runs, named) if args.report else None
     record: dict[str, Any] = {"date": datetime.date.today().isoformat(), "versions": versions(PACKAGES)}
     results: Results | corrupted_sisms.Results | bank_sizes.Results
     picture: Image.Image
@@ -164,13 +174,18 @@ def run(args: argparse.Namespace) -> int:
         elif args.bank_sizes is not None:
             results, picture = bank_sizes.measure(args, progress)
         else:
-            results = measure(datasets, args, progress)
+            results = measure(datasets, args, progress, report)
         record |= asdict(results)
+        page = report.write() if report is not None else None
+    if page is not None:
+        print(printable(f"report: {page}"))
     return 0
 
 
-def measure(datasets: list[Dataset], args: argparse.Namespace, progress: Progress) -> Results:
-    """Score the SISMs and every model on every data set, and print a table of each."""
+def measure(
+    datasets: list[Dataset], args: argparse.Namespace, progress: Progress, report: EvaluationReport | None = None
+) -> Results:
+    """Score the SISMs and every model on every data set, print a table of each, and add the maps to the report."""
     for dataset in datasets:
         for _ in progress.track(dataset.check(), len(dataset.groups), description=f"reading {escape(dataset.name)}"):
             pass
@@ -191,23 +206,30 @@ def measure(datasets: list[Dataset], args: argparse.Namespace, progress: Progres
                     for _ in progress.track(steps, len(dataset.groups), description=text):
                         pass
                     dataset = find_dataset(dataset.path, Path(folder))
-                results.datasets.append(_measure_one(dataset, detector, args, progress))
+                results.datasets.append(_measure_one(dataset, detector, args, progress, report))
             progress.console.print(results.datasets[-1].table())
     return results
 
 
 def _measure_one(
-    dataset: Dataset, detector: Detector | None, args: argparse.Namespace, progress: Progress
+    dataset: Dataset,
+    detector: Detector | None,
+    args: argparse.Namespace,
+    progress: Progress,
+    report: EvaluationReport | None,
 ) -> DatasetScores:
-    """Score the SISMs, which are the detector's if there is one, and every model."""
+    """Score the SISMs, which are the detector's if there is one, and every model. The report has the models' maps."""
     rows: list[MapScores] = []
+    metrics: dict[str, Metrics] = {}
     empty = 0
 
     def score(label: str, source: str, maps: Iterable[Maps], sha256: str | None = None) -> None:
         nonlocal empty
         text = f"{escape(dataset.name)}, {escape(label)}"
-        found = evaluate(dataset, progress.track(maps, len(dataset.groups), description=text))
-        empty = found.empty
+        shown = report if label != SISMS or not args.models else None
+        follow = partial(shown.add, dataset, label) if shown is not None else None
+        found = evaluate(dataset, progress.track(maps, len(dataset.groups), description=text), follow)
+        metrics[label], empty = found, found.empty
         curves = found.precision.tolist(), found.recall.tolist()
         rows.append(MapScores(label, source, sha256, found.mae, found.max_f, found.s, found.max_e, *curves))
 
@@ -220,6 +242,8 @@ def _measure_one(
         else:
             with Predictor(model, threads=args.threads, **place(args.device, model)) as predictor:
                 score(label, str(model), predictor.predict_groups(dataset.inputs()), digest(model))
+    if report is not None:
+        report.finish(dataset.name, metrics)
     return DatasetScores(dataset.name, str(dataset.path), len(dataset.groups), dataset.images, empty, rows)
 
 
@@ -270,6 +294,8 @@ def _check_options(args: argparse.Namespace) -> None:
         raise InputError("--sism-normalise and --sism-minmax are for a detector: name its file with --sism-model")
     if not made and (args.cutouts or args.backgrounds):
         raise InputError("--cutouts and --backgrounds go with --corrupt-sisms or --bank-sizes, not with DATA")
+    if made and args.report:
+        raise InputError("--report shows the maps of data sets: give DATA")
     if args.bank_sizes is None and (args.picture or args.show):
         raise InputError("--picture and --show go with --bank-sizes")
     if args.bank_sizes is not None and len(args.models) > 1:
@@ -303,7 +329,8 @@ def _check_paths(args: argparse.Namespace) -> None:
     for option, suffixes in {"--plot": PLOTS, "--picture": PICTURES}.items():
         if option in named and named[option].suffix.lower() not in suffixes:
             raise InputError(f"{named[option]}: {option} writes {', '.join(sorted(suffixes))}")
-    check_outputs(outputs.values(), _models(args))
+    pages = args.report / REPORT if args.report else None
+    check_outputs([*outputs.values(), pages], _models(args))
     if args.plot:
         try:
             import matplotlib  # noqa: F401

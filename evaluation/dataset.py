@@ -4,7 +4,7 @@ DATA/img/GROUP/NAME.jpg, DATA/gt/GROUP/NAME.png, DATA/sism/GROUP/NAME.png
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from runtime.threads import Workers
 BUILTIN = "builtin"
 
 Maps = Sequence[NDArray[np.generic]]
+Follow = Callable[[int, Maps, Sequence[Scores]], object]
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def find_dataset(path: Path, sisms: Path | str | None) -> Dataset:
     return Dataset(path, sisms, tuple(groups), ground_truths)
 
 
-def evaluate(dataset: Dataset, maps: Iterable[Maps]) -> Metrics:
+def evaluate(dataset: Dataset, maps: Iterable[Maps], follow: Follow | None = None) -> Metrics:
     """Score a data set's maps, reading them as they come.
 
         with Predictor("icnet.onnx") as predictor:
@@ -148,20 +149,26 @@ def evaluate(dataset: Dataset, maps: Iterable[Maps]) -> Metrics:
     Args:
         dataset: the data set.
         maps: for each of its groups, in order, one map per image (see `Scores.add`).
+        follow: called after each group, with its number, its maps, and the scores of each of its images.
 
     Raises:
         ICNetError: a group can't be scored; the message names it. No group is ever left out.
     """
     scores, source = Scores(), iter(maps)
-    for group, ground_truths in zip(dataset.groups, dataset.ground_truths, strict=True):
+    for number, (group, ground_truths) in enumerate(zip(dataset.groups, dataset.ground_truths, strict=True)):
         try:
             found = next(source, None)
             if found is None or len(found) != len(ground_truths):
                 raise InputError(f"{len(found or ())} maps for {len(ground_truths)} images")
+            of_images = []
             for map_, gt in zip(found, ground_truths, strict=True):
                 levels = grey_image(gt)
+                of_images.append(Scores())
                 # A map that serves as ground truth may have no value but 0 and 1 of 255.
-                scores.add(map_, levels > FOREGROUND if made_here(gt) else levels, str(gt))
+                of_images[-1].add(map_, levels > FOREGROUND if made_here(gt) else levels, str(gt))
+                scores.merge(of_images[-1])
+            if follow is not None:
+                follow(number, found, of_images)
         except ICNetError as error:
             raise type(error)(f"{dataset.name}, group {group.name}: {error}") from error
     try:

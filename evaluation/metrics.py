@@ -36,7 +36,7 @@ class Metrics:
     max_f: maximum of the F-measure over thresholds, β² = 0.3 (Achanta et al., CVPR 2009).
     s: structure measure, α = 0.5 (Fan et al., ICCV 2017).
     max_e: maximum of the enhanced-alignment measure over thresholds (Fan et al., IJCAI 2018).
-    precision, recall: float64 [256]; entry t is of the pixels whose stretched map is at least t of 255.
+    precision, recall, f: float64 [256]; entry t is of the pixels whose stretched map is at least t of 255.
     """
 
     images: int
@@ -47,6 +47,7 @@ class Metrics:
     max_e: float
     precision: Curve
     recall: Curve
+    f: Curve
 
     def numbers(self) -> dict[str, float]:
         """The four scores by their names in `TITLES`."""
@@ -104,6 +105,15 @@ class Scores:
         self._e += _e_measure(true, false)
         self._s += _s_measure(histogram, values, quadrants, low, high - low)
 
+    def merge(self, other: "Scores") -> None:
+        """Add what another has added."""
+        for name, sum_ in vars(other).items():
+            setattr(self, name, getattr(self, name) + sum_)
+
+    def numbers(self) -> dict[str, float]:
+        """The four scores, as `Metrics.numbers` has them; the MAE alone if no ground truth has foreground."""
+        return self.results().numbers() if self._images > self._empty else {"mae": self._mae / self._images}
+
     def results(self) -> Metrics:
         """The scores of what was added so far.
 
@@ -122,6 +132,7 @@ class Scores:
             max_e=float(self._e.max()) / counted,
             precision=self._precision / counted,
             recall=self._recall / counted,
+            f=self._f / counted,
         )
 
 

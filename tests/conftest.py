@@ -1,6 +1,7 @@
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from runtime import Predictor
 from runtime.contract import ExportKind
 from tests.export_cache import ExportCache
 from tests.helpers import random_network, write_exports
+from tests.runtime.browser import launched
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -86,6 +88,16 @@ def ragged_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ragged") / "icnet.ragged.onnx"
     write_onnx(random_network(1 / 32), path, ExportKind.RAGGED)
     return path
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium, driven by Playwright: tests that need it are skipped where it is missing."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: the extra web-test")
+    with playwright.sync_playwright() as started:
+        browser = launched(started)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

@@ -111,8 +111,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         models = {role: (path, digest(path)) for role, path in used.items()}
         detected = "" if predictor.detector is None else predictor.detector.settings
 
-        engine = ENGINES.get(model_of(args).suffix.lower(), "TensorRT")
-        facts = [model_of(args).name, engine, args.device or "cpu"]
+        facts = [model_of(args).name, engine_of(model_of(args)), args.device or "cpu"]
         report = Report(args.output, facts) if args.report else None
         in_work: deque[int] = deque()  # the numbers of the groups whose outcomes are to come
 
@@ -170,6 +169,11 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     if report is not None:
         print(printable(f"report: {report.write()}"))
     return 2 if summary.failed else 0
+
+
+def engine_of(model: Path) -> str:
+    """What runs a model's file."""
+    return ENGINES.get(model.suffix.lower(), "TensorRT")
 
 
 def model_of(args: argparse.Namespace) -> Path:

@@ -1,4 +1,4 @@
-"""The report of a run: pages to look at that need nothing but a browser, and can be mailed.
+"""The report of `icnet predict` or `icnet evaluate`: pages that need nothing but a browser, and can be mailed.
 
 Pictures lie in the pages, at the network's size (224×224). Masks and cut-outs are made in the page, at the threshold
 that is set there. A run of more than `PAGE_IMAGES` images becomes several pages, and `report.html` their index.
@@ -26,13 +26,14 @@ from runtime import __version__
 from runtime.contract import SIZE
 from runtime.errors import ICNetError, OutputError, printable
 from runtime.files import output_errors, replacing, write_bytes
+from runtime.grey import grey_levels
 from runtime.groups import Group
 from runtime.preprocess import GroupPixels, grey_image, image_tensor, sism_tensor
 
 REPORT = "report.html"
 TEMPLATE = Path(__file__).with_name(REPORT)
 PAGE_IMAGES = 200  # about 6 MB
-MARK = '<meta name="generator" content="icnet predict">'  # by which a report of ours is known
+MARK = '<meta name="generator" content="{}">'  # by which a command's own report is known
 HEAD_BYTES = 1000  # of a file, in which the mark stands
 T = TypeVar("T")
 Follow = Callable[[GroupPixels, NDArray[np.float32]], list[Callable[[], T]]]
@@ -53,8 +54,24 @@ class Entry:
 
     name: str
     images: int = 0
+    note: str = ""
+    place: tuple[float, ...] = ()
     sections: list[tuple[int, str]] = field(default_factory=list)
     error: str = ""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What ground truths say of a group's maps.
+
+    ground_truths: uint8 [N, 224, 224]. notes: the scores of each image, as text; note: of the group. place: groups
+    stand in the order of their places.
+    """
+
+    ground_truths: NDArray[np.uint8]
+    notes: Sequence[str]
+    note: str
+    place: tuple[float, ...]
 
 
 class Report:
@@ -63,19 +80,26 @@ class Report:
     Args:
         folder: where its pages go.
         facts: what the page says of the run, e.g. the model and the engine.
+        command: who makes it; it replaces reports of the same command only.
+
+    Attributes:
+        summary: HTML above the groups.
 
     Raises:
-        OutputError: a file of another is in its place.
+        OutputError: a file of another is in its place, or the folder can't be made.
     """
 
-    def __init__(self, folder: Path, facts: Sequence[str]) -> None:
-        self.folder, self.facts = folder, [*facts]
+    def __init__(self, folder: Path, facts: Sequence[str], command: str = "icnet predict") -> None:
+        self.folder, self.facts, self.summary = folder, [*facts], ""
+        self._mark = MARK.format(command)
         self._entries: dict[int, Entry] = {}
         self._lock = threading.Lock()
         self._started = time.monotonic()
+        with output_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         for path in (folder / REPORT, *self._pages()):
-            if (path.exists() or path.is_symlink()) and not _is_ours(path):
-                raise OutputError(f"{path}: was not made by icnet predict and would be overwritten; move it away")
+            if (path.exists() or path.is_symlink()) and not self._is_ours(path):
+                raise OutputError(f"{path}: was not made by {command} and would be overwritten; move it away")
 
     def following(
         self, number: int, group: Group, follow: Follow[T], pixels: GroupPixels, maps: NDArray[np.float32]
@@ -92,7 +116,13 @@ class Report:
         return [*follow(pixels, maps), partial(self.add, number, group, pixels, maps)]
 
     def add(
-        self, number: int, group: Group, pixels: GroupPixels, maps: NDArray[np.float32], sisms_known: bool = True
+        self,
+        number: int,
+        group: Group,
+        pixels: GroupPixels,
+        maps: NDArray[np.float32],
+        sisms_known: bool = True,
+        judged: Judged | None = None,
     ) -> None:
         """Add a group.
 
@@ -102,16 +132,19 @@ class Report:
             pixels: the group as the network took it.
             maps: float32 [N, 224, 224] in [0, 1].
             sisms_known: whether the SISMs are shown.
+            judged: what is shown beside the maps.
         """
         n = len(maps)
-        entry = Entry(group.name, n)
-        title = f"<bdi>{_text(group.name)}</bdi> <small>{n} image{'s' * (n != 1)}</small>"
+        entry = Entry(group.name, n, *((judged.note, judged.place) if judged else ()))
+        notes = [f"{n} image{'s' * (n != 1)}", *([judged.note] if judged else ())]
+        title = f"<bdi>{escaped(group.name)}</bdi> <small>{escaped(', '.join(notes))}</small>"
         for first in range(0, n, PAGE_IMAGES):
             chosen = range(first, min(first + PAGE_IMAGES, n))
             rows = "".join(
                 _article(
                     *(group, group.images[i].name, pixels.images[i], pixels.sisms[i] if sisms_known else None),
-                    *(np.rint(maps[i] * 255), pixels.sizes[i]),
+                    *(grey_levels(maps[i]), pixels.sizes[i]),
+                    *((judged.ground_truths[i], judged.notes[i]) if judged else ()),
                 )
                 for i in chosen
             )
@@ -150,7 +183,8 @@ class Report:
         Raises:
             OutputError: one can't be written.
         """
-        entries = [entry for _, entry in sorted(self._entries.items())]
+        entries = [self._entries[number] for number in sorted(self._entries)]
+        entries.sort(key=lambda entry: entry.place)
         count = sum(entry.images for entry in entries)
         seconds = time.monotonic() - self._started
         facts = [
@@ -165,32 +199,36 @@ class Report:
         for i, (name, page) in enumerate(zip(names, pages, strict=True)):
             around = f'<p>Page {i + 1} of {len(pages)}; <a href="{REPORT}">index</a></p>' if len(pages) > 1 else ""
             options = dict.fromkeys(entry.name for entry, _ in page if entry.images)
-            tools = TOOLS.format(options="".join(f"<option>{_text(option)}</option>" for option in options))
-            self._write(name, facts, around, tools + "".join(section for _, section in page))
+            tools = TOOLS.format(options="".join(f"<option>{escaped(option)}</option>" for option in options))
+            head = around or self.summary
+            self._write(name, facts, head, tools + "".join(section for _, section in page))
         if len(pages) > 1:
             rows = [
-                f"<tr><td>{_text(entry.name)}<td>{entry.images or ''}<td>"
+                f"<tr><td>{escaped(entry.name)}<td>{entry.images or ''}<td>"
                 + (" ".join(link for link, page in zip(links, pages, strict=True) if any(e is entry for e, _ in page)))
+                + (f"<td>{escaped(entry.note)}" if self.summary else "")
                 for entry in entries
             ]
-            table = f"<table><tr><th>group<th>images<th>page\n{chr(10).join(rows)}\n</table>"
-            self._write(REPORT, facts, "", table)
+            heads = "<th>".join(["group", "images", "page", *(["scores"] if self.summary else [])])
+            table = f"<table><tr><th>{heads}\n{chr(10).join(rows)}\n</table>"
+            self._write(REPORT, facts, self.summary, table)
         for path in self._pages():
-            if path.name not in names and _is_ours(path):
+            if path.name not in names and self._is_ours(path):
                 with output_errors(path):
                     path.unlink()
         return self.folder / REPORT
 
-    def _write(self, name: str, facts: Sequence[str], pages: str, body: str) -> None:
+    def _write(self, name: str, facts: Sequence[str], head: str, body: str) -> None:
         template = TEMPLATE.read_text(encoding="utf-8")
         parts = {tag: re.search(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL) for tag in ("style", "script")}
         allowed = {tag: _digest(found[1]) for tag, found in parts.items() if found}
         values = {
             "policy": "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
             + "; ".join(f"{tag}-src '{digest}'" for tag, digest in allowed.items()),
+            "mark": self._mark,
             "title": "Co-saliency maps",
-            "facts": " · ".join(map(_text, facts)),
-            "pages": pages,
+            "facts": " · ".join(map(escaped, facts)),
+            "head": head,
             "body": body,
         }
         # In one pass: what a value holds is not looked at again.
@@ -200,7 +238,14 @@ class Report:
 
     def _pages(self) -> list[Path]:
         with output_errors(self.folder):
-            return [p for p in self.folder.iterdir() if PAGE.fullmatch(p.name)] if self.folder.is_dir() else []
+            return [path for path in self.folder.iterdir() if PAGE.fullmatch(path.name)]
+
+    def _is_ours(self, path: Path) -> bool:
+        try:
+            with path.open("rb") as file:
+                return not path.is_symlink() and self._mark.encode() in file.read(HEAD_BYTES)
+        except OSError:
+            return False
 
 
 def _pages(entries: Sequence[Entry]) -> list[list[tuple[Entry, str]]]:
@@ -208,7 +253,9 @@ def _pages(entries: Sequence[Entry]) -> list[list[tuple[Entry, str]]]:
     pages: list[list[tuple[Entry, str]]] = [[]]
     room = PAGE_IMAGES
     for entry in entries:
-        error = f'<section><h2><bdi>{_text(entry.name)}</bdi></h2><p class="error">{_text(entry.error)}</p></section>\n'
+        error = (
+            f'<section><h2><bdi>{escaped(entry.name)}</bdi></h2><p class="error">{escaped(entry.error)}</p></section>\n'
+        )
         for images, section in entry.sections or [(0, error)]:
             if images > room:
                 pages.append([])
@@ -223,25 +270,28 @@ def _article(
     name: str,
     image: NDArray[np.uint8],
     sism: NDArray[np.uint8] | None,
-    map_: NDArray[np.float32],
+    map_: NDArray[np.uint8],
     size: tuple[int, int],
+    ground_truth: NDArray[np.uint8] | None = None,
+    note: str = "",
 ) -> str:
     """An image's row. Its map is stored without loss, so that the page's counts are exact."""
-    views = [
-        f'<img class="photo" alt="photograph" src="{_uri(image, "jpeg", quality=85)}">',
-        '<img alt="unknown SISM">' if sism is None else f'<img alt="SISM" src="{_uri(sism, "jpeg", quality=85)}">',
-        f'<img class="map" alt="map" src="{_uri(map_.astype(np.uint8), "png", optimize=True)}">',
-        *(f'<canvas class="{kind}" role="img" aria-label="{kind}"></canvas>' for kind in ("overlay", "mask", "cutout")),
-    ]
-    captions = ("photograph", "SISM", "map", "overlay", "mask", "cut-out")
-    figures = "".join(
-        f"<figure>{view}<figcaption>{caption}</figcaption></figure>"
-        for view, caption in zip(views, captions, strict=True)
-    )
+    views = {
+        "photograph": f'<img class="photo" alt="photograph" src="{_uri(image, "jpeg", quality=85)}">',
+        "SISM": "<img alt="
+        + ('"unknown SISM">' if sism is None else f'"SISM" src="{_uri(sism, "jpeg", quality=85)}">'),
+        "map": f'<img class="map" alt="map" src="{_uri(map_, "png", optimize=True)}">',
+    }
+    if ground_truth is not None:
+        views["ground truth"] = f'<img alt="ground truth" src="{_uri(ground_truth, "png", optimize=True)}">'
+    for caption in ("overlay", "mask", "cut-out"):
+        views[caption] = f'<canvas class="{caption}" role="img" aria-label="{caption}"></canvas>'
+    figures = "".join(f"<figure>{view}<figcaption>{caption}</figcaption></figure>" for caption, view in views.items())
     ratio = min(max(size[0] / size[1], 1 / 4), 4) if math.prod(size) else 1
     return (
-        f'<article tabindex="0" data-group="{_text(group.name)}" data-ratio="{ratio:.4f}">\n'
-        f'<h3><bdi>{_text(name)}</bdi> <small>{size[0]}×{size[1]}, <span class="share"></span></small></h3>\n'
+        f'<article tabindex="0" data-group="{escaped(group.name)}" data-ratio="{ratio:.4f}">\n'
+        f"<h3><bdi>{escaped(name)}</bdi> "
+        f'<small>{size[0]}×{size[1]}, <span class="share"></span>{escaped(note and f", {note}")}</small></h3>\n'
         f'<div class="views">{figures}</div>\n</article>\n'
     )
 
@@ -252,18 +302,10 @@ def _uri(pixels: NDArray[np.uint8], kind: str, **options: object) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _text(text: object) -> str:
+def escaped(text: object) -> str:
     """Any text as HTML, in an attribute too; what would turn or hide other text is written out."""
     return html.escape(printable(text), quote=True)
 
 
 def _digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return not path.is_symlink() and MARK.encode() in file.read(HEAD_BYTES)
-    except OSError:
-        return False

@@ -57,7 +57,7 @@ def test_what_loses_too_much_or_can_not_be_made_is_left_out(icnet, exports, data
         return "it is not installed" if candidate.path.suffix == ".mnn" else made(candidate)
 
     def score(value):
-        return Metrics(1, 0, 0.1, value, value, value, np.zeros(256), np.zeros(256))
+        return Metrics(1, 0, 0.1, value, value, value, *np.zeros((3, 256)))
 
     scores = iter([score(0.9), *[score(0.8)] * 9])
     monkeypatch.setattr(best, "_make", make)

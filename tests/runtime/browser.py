@@ -1,6 +1,9 @@
 """A site in a real browser: Debian's chromium, driven by Playwright. What is missing skips a test, with the reason."""
 
+import io
+import os
 import shutil
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,15 +13,18 @@ from typing import Any
 
 import pytest
 
-from runtime.commands.web import server
+from runtime.commands.web import npm_package, server
 from runtime.errors import DependencyError
+
+AXE = "axe-core@4.14.1", "e6b0ce02b84d892e2e33e403485e7f3d6c29e2be6df65daf44d89ba564139745"
 
 
 def launched(start: Any) -> Any:
     """A browser of a started Playwright."""
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("there is no chromium: apt-get install chromium")
+    chromium = shutil.which("chromium") or start.chromium.executable_path
+    if not Path(chromium).exists():
+        missing = pytest.fail if "CI" in os.environ else pytest.skip
+        missing("there is no chromium: apt-get install chromium, or playwright install chromium")
     return start.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
 
 
@@ -33,6 +39,23 @@ def serving(folder: Path) -> Iterator[str]:
         finally:
             running.shutdown()
             thread.join()
+
+
+def serious(visit: "Visit") -> list[str]:
+    """What axe-core finds serious or critical in light or dark colours."""
+    package = or_skip(lambda: npm_package(*AXE))
+    with tarfile.open(fileobj=io.BytesIO(package)) as archive:
+        script = archive.extractfile("package/axe.min.js")
+        assert script is not None
+        axe = script.read().decode()
+    visit.page.evaluate(axe)
+    problems = []
+    for scheme in ("light", "dark"):
+        visit.page.emulate_media(color_scheme=scheme)
+        found = visit.page.evaluate("axe.run()")
+        problems += [v["id"] for v in found["violations"] if v["impact"] in ("serious", "critical")]
+        assert len(found["passes"]) > 20
+    return problems
 
 
 def or_skip(get: Callable[[], Any]) -> Any:

@@ -3,7 +3,7 @@
 import base64
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from runtime.commands import report
-from tests.runtime.browser import Visit, launched
+from tests.runtime.browser import Visit
 
 Run = Callable[..., tuple[int, str, str]]
 HOSTILE = "\"><script>alert('1')<script>&amp; \u202egpj"  # quotes, tags, an entity, and text from right to left
@@ -108,15 +108,6 @@ def test_a_file_of_others_stays(predict: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "out/plain").exists()
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: the extra web-test")
-    with playwright.sync_playwright() as started:
-        browser = launched(started)
-        yield browser
-        browser.close()
-
-
 def visited(browser: Any, path: Path, **options: Any) -> Visit:
     visit = Visit(browser, path.as_uri(), **options)
     visit.wait("document.body.dataset.level === '128'")
@@ -144,7 +135,7 @@ def test_the_slider_counts_as_numpy_does(browser: Any, predict: Run, tmp_path: P
     at(visit, middle)
     visit.page.locator("article").first.scroll_into_view_if_needed()
     drawn = """async () => {
-        const canvas = document.querySelector('canvas.cutout')
+        const canvas = document.querySelector('canvas.cut-out')
         const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height)
         return data.filter((_, i) => i % 4 === 3).reduce((sum, alpha) => sum + (alpha > 0), 0)
     }"""
