@@ -16,6 +16,11 @@ demo: .venv/demo  ## set up, export two checkpoints, run them on groups that the
 	$(BIN)/icnet predict $(SAMPLE) --model build/icnet.onnx --output build/demo
 	@echo "Look at build/demo/*/contact_sheet.jpg: photographs cut out (fish, towers), drawings told apart (crab, owl, violin)"
 
+web: .venv/demo  ## the page that runs in a browser, with the network for photographs, on http://127.0.0.1:PORT/ (needs npm)
+	@mkdir -p build/web
+	$(BIN)/icnet export --checkpoint weights/icnet_photos.pth --banked --output build/web/icnet.onnx
+	$(BIN)/icnet web --model build/web/icnet.onnx --samples $(PHOTOS)/fish $(PHOTOS)/towers --output build/web/site --serve $(PORT)
+
 test: .venv/test  ## set up, run all tests, in as many processes as there are cores, at most 4
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 

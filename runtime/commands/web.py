@@ -68,7 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a detector's .onnx file (default: as for --model); without it visitors bring SISMs",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the site")
-    parser.add_argument("--samples", type=Path, help="photographs to try: a folder, or a data set with img/GROUP/")
+    parser.add_argument(
+        "--samples", type=Path, nargs="+", default=[], help="photographs to try: folders, or data sets with img/GROUP/"
+    )
     parser.add_argument("-s", "--sisms", help="the samples' SISMs (a data set: default SAMPLES/sism)")
     parser.add_argument(
         "--ort", type=Path, metavar="TGZ", help=f"the npm package {ORT} as a file (default: npm downloads it, once)"
@@ -224,10 +226,11 @@ def _check_detector(path: Path) -> None:
 
 
 def _samples(args: argparse.Namespace, detected: bool) -> list[Group]:
-    if args.samples is None:
-        return []
-    detected = detected and args.sisms is None and not has_sisms(args.samples)
-    return find_groups(args.samples, None if detected else sism_folder(args.samples, args.sisms))
+    groups: list[Group] = []
+    for path in args.samples:
+        without = detected and args.sisms is None and not has_sisms(path)
+        groups += find_groups(path, None if without else sism_folder(path, args.sisms))
+    return groups
 
 
 def _sample(index: int, group: Group, detected: bool) -> dict[str, Any]:
