@@ -18,7 +18,7 @@ demo: .venv/demo  ## set up, export two checkpoints, run them on groups that the
 
 web: .venv/demo  ## the page that runs in a browser, with the network for photographs, on http://127.0.0.1:PORT/ (needs npm)
 	@mkdir -p build/web
-	$(BIN)/icnet export --checkpoint weights/icnet_photos.pth --banked --output build/web/icnet.onnx
+	$(BIN)/icnet export --checkpoint weights/icnet_photos.pth --banked --compact --output build/web/icnet.onnx
 	$(BIN)/icnet web --model build/web/icnet.onnx --samples $(PHOTOS)/fish $(PHOTOS)/towers --output build/web/site --serve $(PORT)
 
 test: .venv/test  ## set up, run all tests, in as many processes as there are cores, at most 4

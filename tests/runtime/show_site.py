@@ -1,11 +1,12 @@
 """Screenshots for docs/browser.md, or the speed and memory of a site.
 
 python -m tests.runtime.show_site SITE [--speed GROUPS]. SITE is what `make web` builds, with its samples. The pictures
-go to docs/; the numbers are printed.
+go to docs/. The numbers are printed as JSON: seconds and memory with WebAssembly on one thread, and on all cores.
 """
 
 import argparse
 import io
+import json
 import os
 import statistics
 import time
@@ -15,6 +16,8 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+from benchmarks.machine import header
+from runtime.commands.web import ORT
 from tests.runtime.browser import Visit, launched, serving
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -23,18 +26,25 @@ VIEWS: dict[str, dict[str, Any]] = {
     "dark": {"viewport": {"width": 1100, "height": 860}, "color_scheme": "dark"},
     "phone": {"viewport": {"width": 390, "height": 860}, "device_scale_factor": 1, "is_mobile": True},
 }
+MAPPED = "document.querySelectorAll('[data-kind=map]:enabled').length"  # new cards have none
 
 
-def sample(visit: Visit, number: int) -> None:
+def sample(visit: Visit, number: int) -> float:
+    """Map a sample group; the seconds until its first map."""
+    begin = time.monotonic()
     visit.page.locator("#samples button").nth(number).click()
-    visit.wait("document.body.dataset.state === 'busy' || document.querySelector('.card') !== null")
-    visit.ready("maps ready")
+    visit.wait(f"{MAPPED} > 0")
+    first = time.monotonic() - begin
+    visit.wait(f"{MAPPED} === document.querySelectorAll('.card').length && document.body.dataset.state === 'idle'")
+    return first
 
 
 def shoot(browser: Any, url: str) -> None:
     for name, options in VIEWS.items():
         visit = Visit(browser, url, **options).started()
         sample(visit, 0)
+        if name == "phone":
+            visit.page.evaluate("document.getElementById('tools').scrollIntoView()")
         picture = Image.open(io.BytesIO(visit.page.screenshot())).convert("RGB")
         picture.save(DOCS / f"browser_{name}.webp", quality=80, method=6)
         visit.context.close()
@@ -43,48 +53,68 @@ def shoot(browser: Any, url: str) -> None:
 def renderer() -> tuple[float, float]:
     """Memory in MB and CPU time in seconds of the largest of the browser's pages."""
     found = [(0.0, 0.0)]
-    for process in [path for path in Path("/proc").iterdir() if (path / "cmdline").exists()]:
-        if process.name.isdigit() and b"--type=renderer" in (process / "cmdline").read_bytes():
+    for process in [path for path in Path("/proc").iterdir() if path.name.isdigit()]:
+        try:
+            if b"--type=renderer" not in (process / "cmdline").read_bytes():
+                continue
             fields = (process / "stat").read_text().rpartition(")")[2].split()
             pages = int((process / "statm").read_text().split()[1])
-            found.append(
-                (pages * os.sysconf("SC_PAGE_SIZE") / 1e6, sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK"))
-            )
+        except OSError:  # it has ended
+            continue
+        cpu = sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+        found.append((pages * os.sysconf("SC_PAGE_SIZE") / 1e6, cpu))
     return max(found)
 
 
-def measure(browser: Any, url: str, threads: int, groups: int) -> None:
+def measure(browser: Any, url: str, threads: int, groups: int) -> dict[str, Any]:
+    """Map sample groups in one tab, one after the other."""
     begin = time.monotonic()
     visit = Visit(browser, f"{url}?engine=wasm&threads={threads}").started()
-    start = time.monotonic() - begin
-    count = visit.page.locator("#samples button").count()
-    times, memory = [], []
+    loaded = time.monotonic() - begin
+    samples = visit.page.locator("#samples button").count()
+    first, images, seconds, network, cpu, memory = 0.0, [], [], [], [], []
     for number in range(groups):
-        before = renderer()[1]
-        sample(visit, number % count)
-        visit.wait("document.getElementById('engine').dataset.milliseconds !== undefined")
-        size = visit.page.locator(".card").count()
-        times.append(float(visit.page.locator("#engine").get_attribute("data-milliseconds")) / 1000)
+        begin, before = time.monotonic(), renderer()[1]
+        to_map = sample(visit, number % samples)
+        whole = time.monotonic() - begin
+        first = first or loaded + to_map
+        images.append(visit.page.locator(".card").count())
+        seconds.append(whole / images[-1])
+        network.append(float(visit.page.locator("#engine").get_attribute("data-milliseconds")) / 1000)
         memory.append(round(renderer()[0]))
-        cpu = (renderer()[1] - before) / size
-        print(f"{threads} threads, {size} images: {times[-1]:.2f} s each, {cpu:.2f} s of CPU each", flush=True)
-    median = statistics.median(times)
-    print(f"{threads} threads: models loaded after {start:.1f} s; median {median:.2f} s an image; MB: {memory}")
+        cpu.append((renderer()[1] - before) / images[-1])
+    assert visit.problems == []
+    engine = visit.page.inner_text("#engine")
     visit.context.close()
+    return {
+        "engine": engine.partition(".")[0],
+        "seconds_to_load": round(loaded, 2),
+        "seconds_to_first_map": round(first, 2),  # from opening the page, nothing cached
+        "images_per_second": round(1 / statistics.median(seconds), 3),  # with reading and the detector
+        "seconds_per_image": round(statistics.median(seconds), 3),
+        "network_seconds_per_image": round(statistics.median(network), 3),
+        "cpu_seconds_per_image": round(statistics.median(cpu), 3),
+        "images": images,
+        "memory_mb": memory,  # of the page's process after each group
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("site", type=Path)
-    parser.add_argument("--speed", type=int, metavar="GROUPS", help="measure so many groups, by 1 and 2 threads")
+    parser.add_argument("--speed", type=int, metavar="GROUPS", help="measure so many groups, by 1 thread and by all")
     args = parser.parse_args()
     with sync_playwright() as started, serving(args.site) as url:
         browser = launched(started)
         if args.speed is None:
             shoot(browser, url)
         else:
-            measure(browser, url, 1, args.speed)
-            measure(browser, url, 2, args.speed)
+            cores = os.cpu_count() or 1
+            machine = header("latency", cores)["machine"]
+            size = sum(file.stat().st_size for file in args.site.rglob("*") if file.is_file())
+            runs = [measure(browser, url, threads, args.speed) for threads in sorted({1, cores})]
+            found = {"cpu": machine["cpu"], "cores": cores, "chromium": browser.version, "package": ORT}
+            print(json.dumps(found | {"site_mb": round(size / 1e6, 1), "runs": runs}, indent=1))
         browser.close()
 
 

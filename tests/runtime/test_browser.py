@@ -20,6 +20,7 @@ from PIL import Image, ImageFilter
 from export.noise import ALLOWED_FLOORS, NEGLIGIBLE_MAX, NEGLIGIBLE_MEAN, reference, variant
 from runtime import Predictor
 from runtime.commands.web import build
+from runtime.files import bundled
 from runtime.groups import find_groups
 from runtime.preprocess import image_tensor, sism_tensor
 from tests.helpers import DATA, random_network
@@ -27,6 +28,7 @@ from tests.runtime.browser import Visit, or_skip, serious, serving
 
 GROUP = "owl"
 WIDTH = 1 / 32
+ROUNDING = 0.5 + 1e-4  # of a map to 8 bits
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +112,8 @@ def test_the_sample_groups_maps_are_the_predictors(visit: Visit, exports: Path) 
         assert np.array_equal(cutout[:, :, 3], mask)
         assert np.array_equal(cutout[:, :, :3][mask > 0], np.asarray(Image.open(path).convert("RGB"))[mask > 0])
     error = np.concatenate(errors)
-    rounding = 0.5 + 1e-4  # of a map to 8 bits
-    assert error.max() <= rounding + 255 * max(ALLOWED_FLOORS["fp32"] * floor.max(), NEGLIGIBLE_MAX)
-    assert error.mean() <= rounding + 255 * max(ALLOWED_FLOORS["fp32"] * floor.mean(), NEGLIGIBLE_MEAN)
+    assert error.max() <= ROUNDING + 255 * max(ALLOWED_FLOORS["fp32"] * floor.max(), NEGLIGIBLE_MAX)
+    assert error.mean() <= ROUNDING + 255 * max(ALLOWED_FLOORS["fp32"] * floor.mean(), NEGLIGIBLE_MEAN)
     assert np.concatenate([m.ravel() for m in expected]).std() > 0.02  # or any maps would pass
 
 
@@ -126,26 +127,66 @@ def noise_floor(paths: list[Path], sisms: list[Path]) -> NDArray[np.float32]:
     return difference
 
 
-def test_a_plain_export_maps_a_group_in_one_call(browser: Any, exports: Path, tmp_path: Path) -> None:
-    model = tmp_path / "model" / "icnet.onnx"
+def test_a_plain_export_and_a_detector(browser: Any, exports: Path, tmp_path: Path) -> None:
+    """One call for the group, with the SISMs of a detector whose map is the red of its image; given files go before."""
+    model, detector = tmp_path / "model" / "icnet.onnx", tmp_path / "detector.onnx"
     model.parent.mkdir()
     model.write_bytes(exports.read_bytes())
-    or_skip(lambda: build(tmp_path / "site", model))
+    onnx.save(red_detector(), detector)
+    or_skip(lambda: build(tmp_path / "site", model, detector))
+    images, sism = [picture((90, 60), seed=seed) for seed in range(2)], png(picture((30, 30), "L"))
     with serving(tmp_path / "site") as url:
         visit = Visit(browser, url + "?threads=1").started()
         assert "1 thread" in visit.page.inner_text("#engine")
-        images = [png(picture(seed=i)) for i in range(2)]
-        sisms = [png(picture(seed=i + 9, mode="L")) for i in range(2)]
-        visit.choose(
-            [file(f"{i}.png", image) for i, image in enumerate(images)],
-            [file(f"{i}.png", sism) for i, sism in enumerate(sisms)],
-        )
+        visit.choose([file(f"{i}.png", png(image)) for i, image in enumerate(images)], [file("1.png", sism)])
+        visit.ready("2 maps ready")
+        sisms = [shown(visit, "sism", i)[:, :, 0].astype(int) for i in range(2)]
         found = [np.asarray(Image.open(visit.download(f"li:nth-child({i}) [data-kind=map]"))) for i in (1, 2)]
         visit.context.close()
+    red = png(images[0].getchannel("R"))  # at the image's own size, as the detector sees it
+    assert np.abs(sisms[0] - sism_tensor(red)).max() <= 1
+    assert np.array_equal(sisms[1], sism_tensor(sism))
     with Predictor(model) as predictor:
-        expected = predictor(images, sisms)
+        expected = predictor([png(image) for image in images], [red, sism])
     for map_, grey in zip(expected, found, strict=True):
         assert np.abs(map_ * 255 - grey).mean() < 1
+
+
+def test_photographs_get_the_maps_of_the_models_that_ship(browser: Any, tmp_path: Path) -> None:
+    """Those that the Predictor computes, with the same detector."""
+    model, detector = bundled("icnet.onnx"), bundled("detector.onnx")
+    assert model is not None
+    assert detector is not None
+    photos = sorted((DATA / "photos/fish").glob("*.jpg"))[:3]
+    or_skip(lambda: build(tmp_path / "site", model, detector))
+    with serving(tmp_path / "site") as url:
+        visit = Visit(browser, url).started()
+        visit.choose(photos)
+        visit.ready("3 maps ready")
+        sisms, maps = (np.stack([shown(visit, kind, i)[:, :, 0] for i in range(3)]) for kind in ("sism", "map"))
+        visit.context.close()
+    with Predictor(model, sism_model=detector) as predictor:
+        pixels = predictor.pipeline.read(photos, None)
+        expected = predictor.predict_tensors(pixels.images, sisms)
+    assert np.abs(pixels.sisms - sisms.astype(int)).max() <= 1  # a rounding of the detector's
+    error = np.abs(maps - 255 * expected)
+    assert error.max() <= ROUNDING + 255 * NEGLIGIBLE_MAX
+    assert error.mean() <= ROUNDING + 255 * NEGLIGIBLE_MEAN
+    assert all(0.02 < (map_ >= 128).mean() < 0.8 for map_ in maps)  # a fish each
+
+
+def red_detector() -> onnx.ModelProto:
+    helper, kinds = onnx.helper, onnx.TensorProto
+    nodes = [
+        helper.make_node("Cast", ["images"], ["floats"], to=kinds.FLOAT),
+        helper.make_node("Gather", ["floats", "zero"], ["red"], axis=3),
+        helper.make_node("Div", ["red", "most"], ["sisms"]),
+    ]
+    constants = [helper.make_tensor("zero", kinds.INT64, [], [0]), helper.make_tensor("most", kinds.FLOAT, [], [255])]
+    inputs = [helper.make_tensor_value_info("images", kinds.UINT8, ["B", "H", "W", 3])]
+    outputs = [helper.make_tensor_value_info("sisms", kinds.FLOAT, ["B", "H", "W"])]
+    graph = helper.make_graph(nodes, "red", inputs, outputs, constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
 
 SOURCES = {
@@ -317,37 +358,6 @@ def test_models_that_are_no_icnet_are_named(browser: Any, site: Path, exports: P
             assert f"intra.onnx {reason}" in visit.messages[0]
             assert visit.status == "Stopped"
             visit.context.close()
-
-
-def test_a_detector_makes_the_sisms(browser: Any, exports: Path, tmp_path: Path) -> None:
-    """Of one whose map is the red of its image; files that are given go before it."""
-    detector = tmp_path / "detector.onnx"
-    onnx.save(red_detector(), detector)
-    or_skip(lambda: build(tmp_path / "site", exports, detector))
-    image, sism = picture((90, 60)), picture((30, 30), "L")
-    with serving(tmp_path / "site") as url:
-        visit = Visit(browser, url).started()
-        visit.choose([file("a.png", png(image)), file("b.png", png(image))], [file("b.png", png(sism))])
-        visit.ready("2 maps ready")
-        found = [shown(visit, "sism", i)[:, :, 0].astype(int) for i in range(2)]
-        visit.context.close()
-    red = png(image.getchannel("R"))  # at the image's own size, as the detector sees it
-    assert np.abs(found[0] - sism_tensor(red)).max() <= 1
-    assert np.array_equal(found[1], sism_tensor(png(sism)))
-
-
-def red_detector() -> onnx.ModelProto:
-    helper, kinds = onnx.helper, onnx.TensorProto
-    nodes = [
-        helper.make_node("Cast", ["images"], ["floats"], to=kinds.FLOAT),
-        helper.make_node("Gather", ["floats", "zero"], ["red"], axis=3),
-        helper.make_node("Div", ["red", "most"], ["sisms"]),
-    ]
-    constants = [helper.make_tensor("zero", kinds.INT64, [], [0]), helper.make_tensor("most", kinds.FLOAT, [], [255])]
-    inputs = [helper.make_tensor_value_info("images", kinds.UINT8, ["B", "H", "W", 3])]
-    outputs = [helper.make_tensor_value_info("sisms", kinds.FLOAT, ["B", "H", "W"])]
-    graph = helper.make_graph(nodes, "red", inputs, outputs, constants)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
 
 def test_accessibility(visit: Visit) -> None:

@@ -108,12 +108,6 @@ def test_a_file_of_others_stays(predict: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "out/plain").exists()
 
 
-def visited(browser: Any, path: Path, **options: Any) -> Visit:
-    visit = Visit(browser, path.as_uri(), **options)
-    visit.wait("document.body.dataset.level === '128'")
-    return visit
-
-
 def at(visit: Visit, level: int) -> list[int]:
     """The counts in the page at a threshold."""
     slide = f"slider => {{ slider.value = {level}; slider.dispatchEvent(new Event('input')) }}"
@@ -123,12 +117,14 @@ def at(visit: Visit, level: int) -> list[int]:
     return counts
 
 
-def test_the_slider_counts_as_numpy_does(browser: Any, predict: Run, tmp_path: Path) -> None:
+def test_the_page_in_a_browser(browser: Any, predict: Run, tmp_path: Path) -> None:
+    """The slider counts as NumPy does; keys, filters and hostile names, on a phone."""
     predict()
     path = tmp_path / "out/report.html"
     uris = re.findall(r'class="map" alt="map" src="([^"]+)"', path.read_text(encoding="utf-8"))
     maps = [np.asarray(Image.open(opened(uri))) for uri in uris]
-    visit = visited(browser, path)
+    visit = Visit(browser, path.as_uri(), viewport={"width": 390, "height": 800})
+    visit.wait("document.body.dataset.level === '128'")
     middle = int(np.median(maps[0]))
     for level in (1, middle, middle + 1, 255):
         assert at(visit, level) == [int((map_ >= level).sum()) for map_ in maps]
@@ -140,14 +136,8 @@ def test_the_slider_counts_as_numpy_does(browser: Any, predict: Run, tmp_path: P
         return data.filter((_, i) => i % 4 === 3).reduce((sum, alpha) => sum + (alpha > 0), 0)
     }"""
     assert visit.page.evaluate(drawn) == int((maps[0] >= middle).sum())
-    visit.context.close()
-    assert visit.problems == []
-    assert [request for request in visit.requests if not request.startswith(("file:", "data:"))] == []
 
-
-def test_keys_filters_and_hostile_names(browser: Any, predict: Run, tmp_path: Path) -> None:
-    predict()
-    visit = visited(browser, tmp_path / "out/report.html", viewport={"width": 390, "height": 800})
+    at(visit, 128)
     page = visit.page
     focused = "[...document.querySelectorAll('article')].indexOf(document.activeElement)"
     moves = []
@@ -176,3 +166,4 @@ def test_keys_filters_and_hostile_names(browser: Any, predict: Run, tmp_path: Pa
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "it fits a phone"
     visit.context.close()
     assert visit.problems == []
+    assert [request for request in visit.requests if not request.startswith(("file:", "data:"))] == []
