@@ -120,6 +120,16 @@ def test_commands_and_options_in_the_text_exist(page: Path) -> None:
             assert not option.startswith("--") or option in known, code
 
 
+def test_make_targets_in_the_text_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
+    phony = re.search(r"^\.PHONY: (.+)", makefile, re.MULTILINE)
+    assert phony is not None
+    assert set(phony[1].split()) <= targets
+    named = {target for page in PAGES for target in re.findall(r"`make ([\w-]+)", page.read_text(encoding="utf-8"))}
+    assert named <= targets
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_python_blocks_compile_and_import_what_exists(page: Path) -> None:
     for language, body in BLOCK.findall(page.read_text(encoding="utf-8")):

@@ -102,19 +102,19 @@ export class Engine {
   /** The maps of a group, one after the other where there is a bank export; each `step` is told before it is done. */
   async *maps(group, step = async () => {}) {
     if (!this.sessions.banked) {
-      await step(group[0], group.length)
+      await step('Map', group[0], group.length)
       const { data } = await this.call('model', group)
       for (const [i, item] of group.entries()) yield { item, map: part(data, i, group.length).slice() }
       return
     }
     for (const item of group) {
       if (item.sivs) continue
-      await step(item, 1)
+      await step('SIVs', item)
       item.sivs = (await this.call('intra', [item])).data.slice()
     }
     const bank = { data: concatenated(group.map((item) => item.sivs), Float32Array), dims: [group.length, group[0].sivs.length] }
     for (const item of group) {
-      await step(item, 1)
+      await step('Map', item)
       yield { item, map: (await this.call('banked', [item], bank)).data.slice() }
     }
   }

@@ -126,7 +126,7 @@ async function pass() {
     if (group.length && key !== shown) {
       shown = ''
       const begin = performance.now()
-      for await (const { item, map } of engine.maps(group, (item, count) => step('Map', item, count))) {
+      for await (const { item, map } of engine.maps(group, step)) {
         item.map = map
         postMessage({ type: 'map', id: item.id, map: levels(map) })
       }

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -157,13 +158,13 @@ def test_photographs_get_the_maps_of_the_models_that_ship(browser: Any, tmp_path
     model, detector = bundled("icnet.onnx"), bundled("detector.onnx")
     assert model is not None
     assert detector is not None
-    photos = sorted((DATA / "photos/fish").glob("*.jpg"))[:3]
+    photos = sorted((DATA / "photos/fish").glob("*.jpg"))[:2]
     or_skip(lambda: build(tmp_path / "site", model, detector))
     with serving(tmp_path / "site") as url:
-        visit = Visit(browser, url).started()
+        visit = Visit(browser, url + "?threads=1").started()
         visit.choose(photos)
-        visit.ready("3 maps ready")
-        sisms, maps = (np.stack([shown(visit, kind, i)[:, :, 0] for i in range(3)]) for kind in ("sism", "map"))
+        visit.ready("2 maps ready")
+        sisms, maps = (np.stack([shown(visit, kind, i)[:, :, 0] for i in range(2)]) for kind in ("sism", "map"))
         visit.context.close()
     with Predictor(model, sism_model=detector) as predictor:
         pixels = predictor.pipeline.read(photos, None)
@@ -273,6 +274,13 @@ def test_files_that_cannot_be_used_get_a_message_and_the_others_a_map(visit: Vis
         assert any(message.startswith(f"{name}: {reason}") for message in visit.messages), (name, visit.messages)
 
 
+DROP = """([zone, name, content]) => {
+    const dataTransfer = new DataTransfer()
+    dataTransfer.items.add(new File([Uint8Array.from(atob(content), (c) => c.charCodeAt(0))], name))
+    document.getElementById(zone).dispatchEvent(new DragEvent('drop', { dataTransfer, cancelable: true }))
+}"""
+
+
 def test_images_come_and_go(visit: Visit) -> None:
     """None, one, some without a SISM; adding and removing changes the group."""
     assert "Choose photographs" in visit.status
@@ -289,6 +297,13 @@ def test_images_come_and_go(visit: Visit) -> None:
     visit.page.click("[aria-label='Remove b.png']")
     visit.ready("1 map ready")
     assert np.array_equal(shown(visit, "map"), alone)
+    for zone, name, picked in (("sisms", "c.png", picture(mode="L")), ("images", "c.png", picture(seed=3))):
+        visit.page.evaluate(DROP, [f"drop-{zone}", name, base64.b64encode(png(picked)).decode()])
+        visit.wait("document.getElementById('messages').children.length === 1" if zone == "sisms" else "true")
+    visit.ready("2 maps ready")
+    visit.page.click("[aria-label='Remove c.png']")
+    visit.ready("1 map ready")
+    assert np.array_equal(shown(visit, "map"), alone)
     visit.page.click("#clear")
     visit.wait("document.querySelectorAll('.card').length === 0")
     assert visit.page.is_hidden("#tools")
@@ -299,6 +314,7 @@ def test_the_threshold_moves_every_cut_out(visit: Visit) -> None:
     visit.choose(
         [file(n, png(picture(seed=i))) for i, n in enumerate(names)], [file(n, png(picture(mode="L"))) for n in names]
     )
+    single = {}
     counts = []
     for level in (1, 90, 255):
         visit.page.locator("#threshold").fill(str(level))
@@ -310,6 +326,21 @@ def test_the_threshold_moves_every_cut_out(visit: Visit) -> None:
         counts.append(sum(int((alpha > 0).sum()) for alpha in alphas))
     assert counts == sorted(counts, reverse=True)
     assert counts[0] > counts[-1]
+    visit.page.locator("#threshold").fill("90")
+    for kind in ("map", "mask", "cutout"):  # one by one
+        single[kind] = np.asarray(Image.open(visit.download(f"li:nth-child(2) [data-kind={kind}]")))
+    assert np.array_equal(single["mask"], np.where(single["map"] >= 90, 255, 0))
+    assert np.array_equal(single["cutout"][:, :, 3], single["mask"])
+
+
+# Notes what the page says from here on, and makes its clock a slow machine's.
+WATCH = """(() => {
+    globalThis.said = []
+    const [status, bar] = ['status', 'progress'].map((id) => document.getElementById(id))
+    new MutationObserver(() => said.push([bar.value, status.textContent])).observe(status, { childList: true })
+    const now = performance.now.bind(performance)
+    performance.now = () => 1000 * now()
+})()"""
 
 
 def test_forty_images_appear_one_by_one(visit: Visit) -> None:
@@ -317,12 +348,19 @@ def test_forty_images_appear_one_by_one(visit: Visit) -> None:
     visit.page.set_input_files("#sisms", [file(n, png(picture((24, 24), "L", i))) for i, n in enumerate(names)])
     visit.page.set_input_files("#images", [file(n, png(picture((24, 24), seed=i))) for i, n in enumerate(names)])
     enabled = "document.querySelectorAll('[data-kind=map]:enabled').length"
+    visit.page.evaluate(WATCH)
     seen = []
     for at in (1, 20, 40):
         visit.wait(f"{enabled} >= {at}")
         seen.append(visit.page.evaluate(enabled))
     assert seen[0] < seen[1] < seen[2] == 40, seen
-    assert all(a < b for a, b in pairwise(seen))
+    visit.ready("40 maps ready")
+    said = visit.page.evaluate("(delete performance.now, said)")
+    assert all(a < b for a, b in pairwise(float(bar) for bar, text in said if " of " in text))
+    texts = [text for _, text in said]
+    for what in ("SIVs of 39.png", "Map of 39.png"):
+        assert any(text.startswith(what) for text in texts)
+    assert any(re.search(r"; about \d+ s left$", text) for text in texts)
 
 
 def test_hundred_megapixels_are_scaled_and_that_is_said(visit: Visit) -> None:
@@ -343,6 +381,22 @@ def test_a_browser_without_simd_is_told(browser: Any, url: str) -> None:
     visit.page.wait_for_selector("#messages p")
     assert "no WebAssembly SIMD" in visit.messages[0]
     visit.context.close()
+
+
+def test_a_tab_that_is_closed_in_the_middle_leaves_nothing(visit: Visit, url: str) -> None:
+    """Of a second tab, in the same profile as the first: the next one begins anew."""
+    tab = visit.context.new_page()
+    tab.goto(url)
+    tab.click("#samples button")
+    tab.wait_for_selector("body[data-state=busy] .card")
+    tab.close()
+    tab = visit.context.new_page()
+    tab.goto(url)
+    assert tab.locator(".card").count() == 0
+    assert visit.context.storage_state(indexed_db=True) == {"cookies": [], "origins": []}
+    kept = "Promise.all([caches.keys(), navigator.serviceWorker.getRegistrations()])"
+    assert tab.evaluate(kept) == [[], []]
+    tab.close()
 
 
 def test_models_that_are_no_icnet_are_named(browser: Any, site: Path, exports: Path, tmp_path: Path) -> None:
