@@ -11,16 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.dataset import BUILTIN, Dataset, Maps
+from evaluation.dataset import Dataset, Maps
 from evaluation.metrics import FOREGROUND, LEVELS, TITLES, Curve, Metrics, Scores
 from evaluation.record import SISMS
 from runtime.commands.report import Judged, Report, escaped
 from runtime.contract import SIZE
-from runtime.preprocess import grey_image, reads, stack
-from runtime.threads import Workers
+from runtime.preprocess import grey_image
 
 COLOURS = ("#1f77b4", "#d95f02", "#2c9a4b", "#b5489a", "#8a6d1f", "#5f6fd1")  # seen on white and on black
-UNKNOWN = np.zeros((SIZE, SIZE), np.uint8)
 
 
 class EvaluationReport:
@@ -62,11 +60,6 @@ class EvaluationReport:
         numbers = [one.numbers() for one in scores]
         order = sorted(range(len(maps)), key=lambda i: _rank(numbers[i]))
         group = dataset.groups[number]
-        images = tuple(group.images[i] for i in order)
-        known = group.sisms is not None or dataset.sisms == BUILTIN
-        sisms = [group.sisms[i] if group.sisms else None if known else UNKNOWN for i in order]
-        with Workers() as workers:
-            pixels = stack(workers.run(reads(images, sisms)))
         truths = [grey_image(dataset.ground_truths[number][i]) > FOREGROUND for i in order]
         judged = Judged(
             np.stack([grey_image(truth, (SIZE, SIZE)) for truth in truths]),
@@ -74,12 +67,14 @@ class EvaluationReport:
             _text(of_group.numbers()),
             (len(self._sets), _rank(of_group.numbers())),
         )
-        levels = np.stack([grey_image(np.asarray(maps[i]), (SIZE, SIZE)) for i in order])
-        shown = levels.astype(np.float32) / np.float32(255)
-        name = f"{dataset.name}, {label}: {group.name}" if self._named else group.name
+        listed = replace(
+            group,
+            name=f"{dataset.name}, {label}: {group.name}" if self._named else group.name,
+            images=tuple(group.images[i] for i in order),
+            sisms=tuple(group.sisms[i] for i in order) if group.sisms else None,
+        )
         self._groups += 1
-        listed = replace(group, name=name, images=images, sisms=None)
-        self._report.add(self._groups, listed, pixels, shown, known, judged)
+        self._report.add_read(self._groups, listed, [np.asarray(maps[i]) for i in order], judged)
 
     def finish(self, name: str, found: Mapping[str, Metrics]) -> None:
         """Add the scores and curves of a data set, by what made the maps."""

@@ -28,7 +28,7 @@ from runtime.errors import ICNetError, OutputError, printable
 from runtime.files import output_errors, replacing, write_bytes
 from runtime.grey import grey_levels
 from runtime.groups import Group
-from runtime.preprocess import GroupPixels, grey_image, image_tensor, sism_tensor
+from runtime.preprocess import GroupPixels, ImageSource, grey_image, reads, stack
 
 REPORT = "report.html"
 TEMPLATE = Path(__file__).with_name(REPORT)
@@ -163,11 +163,18 @@ class Report:
             with self._lock:
                 self._entries[number] = Entry(group.name, error="finished by an earlier run, which wrote no maps")
             return
-        maps = np.stack([grey_image(file, (SIZE, SIZE)) for file in files]).astype(np.float32) / np.float32(255)
-        read = [image_tensor(image) for image in group.images]
-        sisms = np.zeros(maps.shape, np.uint8) if group.sisms is None else np.stack([*map(sism_tensor, group.sisms)])
-        pixels = GroupPixels(np.stack([image for image, _ in read]), sisms, tuple(size for _, size in read))
-        self.add(number, group, pixels, maps, group.sisms is not None)
+        self.add_read(number, group, files)
+
+    def add_read(self, number: int, group: Group, maps: Sequence[ImageSource], judged: Judged | None = None) -> None:
+        """Add a group from its files, and its maps of any size; other arguments as for `add`.
+
+        Raises:
+            InputError: an image, SISM or map can't be read.
+        """
+        unknown = [np.zeros((SIZE, SIZE), np.uint8)] * len(maps)
+        pixels = stack([read() for read in reads(group.images, group.sisms or unknown)])
+        levels = np.stack([grey_image(map_, (SIZE, SIZE)) for map_ in maps])
+        self.add(number, group, pixels, levels.astype(np.float32) / np.float32(255), group.sisms is not None, judged)
 
     def add_failed(self, number: int, name: str, error: ICNetError) -> None:
         """Add a group that has no maps."""
@@ -285,7 +292,9 @@ def _article(
     if ground_truth is not None:
         views["ground truth"] = f'<img alt="ground truth" src="{_uri(ground_truth, "png", optimize=True)}">'
     for caption in ("overlay", "mask", "cut-out"):
-        views[caption] = f'<canvas class="{caption}" role="img" aria-label="{caption}"></canvas>'
+        views[caption] = (
+            f'<canvas class="{caption}" width="{SIZE}" height="{SIZE}" role="img" aria-label="{caption}"></canvas>'
+        )
     figures = "".join(f"<figure>{view}<figcaption>{caption}</figcaption></figure>" for caption, view in views.items())
     ratio = min(max(size[0] / size[1], 1 / 4), 4) if math.prod(size) else 1
     return (

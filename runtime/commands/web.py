@@ -30,7 +30,7 @@ from runtime.commands.predict import model_files, model_of
 from runtime.contract import SIZE, TensorSpec
 from runtime.detector import INPUT, OUTPUT
 from runtime.errors import DependencyError, InputError, ModelError, OutputError, printable
-from runtime.files import bundled, check_outputs, check_seal, output_errors, replacing, write_bytes
+from runtime.files import bundled, check_outputs, check_seal, output_errors, replacing, replacing_folder, write_bytes
 from runtime.groups import Group, find_groups
 from runtime.predictor import Predictor
 
@@ -128,28 +128,17 @@ def build(
         "models": {role: f"{role}.onnx" for role in models},
         "samples": [_sample(index, group, detector is not None) for index, group in enumerate(samples)],
     }
-    files = {f"ort/{name}": content for name, content in _ort_files(ort).items()}
-    files |= {path.name: path.read_bytes() for path in ASSETS.iterdir() if path.is_file()}
+    files: dict[str, bytes | Path] = {f"ort/{name}": content for name, content in _ort_files(ort).items()}
+    files |= {path.name: path for path in ASSETS.iterdir() if path.is_file()}
     files |= {"models/check.bin": check, CONFIG: json.dumps(config, indent=1).encode()}
-    copies = {f"models/{role}.onnx": path for role, path in models.items()}
+    files |= {f"models/{role}.onnx": path for role, path in models.items()}
     for group, described in zip(samples, config["samples"], strict=True):
-        for i, image in enumerate(described["images"]):
-            copies[image["file"]] = group.images[i]
-            if group.sisms is not None:
-                copies[image["sism"]] = group.sisms[i]
-    with output_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".icnet-web-", dir=output.parent) as temporary:
-            site = Path(temporary) / "site"
-            for name in {*files, *copies}:
-                (site / name).parent.mkdir(parents=True, exist_ok=True)
-            for name, content in files.items():
-                write_bytes(site / name, content)
-            for name, source in copies.items():
-                write_bytes(site / name, source.read_bytes())
-            if output.exists():
-                output.rename(Path(temporary) / "old")
-            site.rename(output)
+        for kind, paths in (("file", group.images), ("sism", group.sisms or ())):
+            files |= {image[kind]: path for image, path in zip(described["images"], paths, strict=False)}
+    with replacing_folder(output, output.absolute().parent) as site:
+        for name, content in files.items():
+            (site / name).parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(site / name, content.read_bytes() if isinstance(content, Path) else content)
 
 
 def server(folder: Path, port: int) -> http.server.ThreadingHTTPServer:

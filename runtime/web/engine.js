@@ -1,6 +1,6 @@
 // The exported models in onnxruntime-web: WebGPU where there is one that computes them correctly, else WASM.
 
-import { SIZE, levels, resized, restoredRows, rint } from './pixels.js'
+import { SIZE, levels, resized, restoredRows } from './pixels.js'
 
 const IMAGES = `images uint8 [?, ${SIZE}, ${SIZE}, 3]`
 const SISMS = `sisms uint8 [?, ${SIZE}, ${SIZE}]`
@@ -88,10 +88,10 @@ export class Engine {
   /** One call of a model with the images and SISMs of some items, and a bank. */
   async call(role, items, bank) {
     const { Tensor } = this.ort
-    const joined = (key) => concatenated(items.map((item) => item[key]), Uint8Array)
+    const joined = async (key) => new Uint8Array(await concatenated(items.map((item) => item[key])))
     const feeds = {
-      images: new Tensor('uint8', joined('image'), [items.length, SIZE, SIZE, 3]),
-      sisms: new Tensor('uint8', joined('sism'), [items.length, SIZE, SIZE]),
+      images: new Tensor('uint8', await joined('image'), [items.length, SIZE, SIZE, 3]),
+      sisms: new Tensor('uint8', await joined('sism'), [items.length, SIZE, SIZE]),
     }
     if (bank) feeds.bank = new Tensor('float32', bank.data, bank.dims)
     const [output] = Object.values(await this.sessions[role].run(feeds))
@@ -112,7 +112,7 @@ export class Engine {
       await step('SIVs', item)
       item.sivs = (await this.call('intra', [item])).data.slice()
     }
-    const bank = { data: concatenated(group.map((item) => item.sivs), Float32Array), dims: [group.length, group[0].sivs.length] }
+    const bank = { data: new Float32Array(await concatenated(group.map((item) => item.sivs))), dims: [group.length, group[0].sivs.length] }
     for (const item of group) {
       await step('Map', item)
       yield { item, map: (await this.call('banked', [item], bank)).data.slice() }
@@ -137,16 +137,10 @@ export class Engine {
 }
 
 const part = (array, i, n) => array.subarray((i * array.length) / n, ((i + 1) * array.length) / n)
+const concatenated = (arrays) => new Blob(arrays).arrayBuffer()
 
-function concatenated(arrays, Type) {
-  const result = new Type(arrays.reduce((sum, array) => sum + array.length, 0))
-  let at = 0
-  for (const array of arrays) {
-    result.set(array, at)
-    at += array.length
-  }
-  return result
-}
+/** The nearest integer; halves to the even one, as in Python. */
+const rint = (v) => (v % 1 === 0.5 ? 2 * Math.round(v / 2) : Math.round(v))
 
 async function hasWebGPU() {
   if (!('Suspending' in WebAssembly)) return false // onnxruntime-web's WebGPU build for it is the smaller one

@@ -84,15 +84,8 @@ export function luma(rgba) {
   return grey
 }
 
-/** An integer from a number, halves to the even neighbour, as NumPy's rint. */
-export function rint(value) {
-  const down = Math.floor(value)
-  const rest = value - down
-  return rest > 0.5 || (rest === 0.5 && down % 2 === 1) ? down + 1 : down
-}
-
-/** Grey levels (0 … 255) of numbers in [0, 1]. */
-export const levels = (numbers) => Uint8Array.from(numbers, (v) => rint(Math.fround(Math.min(Math.max(v, 0), 1) * 255)))
+/** Grey levels (0 … 255) of float32 numbers in [0, 1]; clamped arrays round as NumPy's rint, halves to even. */
+export const levels = (numbers) => new Uint8Array(new Uint8ClampedArray(numbers.map((v) => v * 255)).buffer)
 
 /** The rows of a map, float32 [fromHeight, fromWidth], at another size: one Uint8Array of grey levels after the other. */
 export function* restoredRows(map, width, height, fromWidth = SIZE, fromHeight = SIZE) {

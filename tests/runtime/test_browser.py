@@ -356,11 +356,12 @@ def test_forty_images_appear_one_by_one(visit: Visit) -> None:
     assert seen[0] < seen[1] < seen[2] == 40, seen
     visit.ready("40 maps ready")
     said = visit.page.evaluate("(delete performance.now, said)")
-    assert all(a < b for a, b in pairwise(float(bar) for bar, text in said if " of " in text))
-    texts = [text for _, text in said]
-    for what in ("SIVs of 39.png", "Map of 39.png"):
-        assert any(text.startswith(what) for text in texts)
-    assert any(re.search(r"; about \d+ s left$", text) for text in texts)
+    steps = [(bar, text) for bar, text in said if text.startswith(("SIVs of ", "Map of "))]
+    assert [text.partition(";")[0] for _, text in steps] == [
+        f"{what} of {n}" for what in ("SIVs", "Map") for n in names
+    ]
+    assert all(one < next for (one, _), (next, _) in pairwise(steps))
+    assert any(re.search(r"; about \d+ s left$", text) for _, text in steps)
 
 
 def test_hundred_megapixels_are_scaled_and_that_is_said(visit: Visit) -> None:
