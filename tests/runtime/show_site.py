@@ -1,7 +1,8 @@
 """Screenshots for docs/browser.md, or the speed and memory of a site.
 
-python -m tests.runtime.show_site SITE [--speed GROUPS]. SITE is what `make web` builds, with its samples. The pictures
-go to docs/. The numbers are printed as JSON: seconds and memory with WebAssembly on one thread, and on all cores.
+python -m tests.runtime.show_site SITE [--speed GROUPS | --report PAGE]. SITE is what `make web` builds, with its
+samples; PAGE is a report of `icnet predict`. The pictures go to docs/. The numbers are printed as JSON: seconds and
+memory with WebAssembly on one thread, and on all cores.
 """
 
 import argparse
@@ -45,9 +46,14 @@ def shoot(browser: Any, url: str) -> None:
         sample(visit, 0)
         if name == "phone":
             visit.page.evaluate("document.getElementById('tools').scrollIntoView()")
-        picture = Image.open(io.BytesIO(visit.page.screenshot())).convert("RGB")
-        picture.save(DOCS / f"browser_{name}.webp", quality=80, method=6)
-        visit.context.close()
+        keep(visit, f"browser_{name}.webp")
+
+
+def keep(visit: Visit, name: str) -> None:
+    """Save a picture of what is in sight."""
+    picture = Image.open(io.BytesIO(visit.page.screenshot())).convert("RGB")
+    picture.save(DOCS / name, quality=80, method=6)
+    visit.context.close()
 
 
 def renderer() -> tuple[float, float]:
@@ -103,10 +109,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("site", type=Path)
     parser.add_argument("--speed", type=int, metavar="GROUPS", help="measure so many groups, by 1 thread and by all")
+    parser.add_argument("--report", type=Path, metavar="PAGE", help="take a picture of this report only")
     args = parser.parse_args()
     with sync_playwright() as started, serving(args.site) as url:
         browser = launched(started)
-        if args.speed is None:
+        if args.report is not None:
+            visit = Visit(browser, args.report.absolute().as_uri(), viewport={"width": 1100, "height": 640})
+            visit.wait("document.body.dataset.level === '128'")
+            keep(visit, "report.webp")
+        elif args.speed is None:
             shoot(browser, url)
         else:
             cores = os.cpu_count() or 1
