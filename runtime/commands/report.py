@@ -8,7 +8,9 @@ import base64
 import hashlib
 import html
 import math
+import os
 import re
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -50,13 +52,16 @@ TOOLS = """<div id="tools">
 
 @dataclass
 class Entry:
-    """A group in the report: sections of at most `PAGE_IMAGES` images each, or what went wrong."""
+    """A group in the report, or what went wrong.
+
+    sections: of at most `PAGE_IMAGES` images each: their number, and the place and length of the HTML in a file.
+    """
 
     name: str
     images: int = 0
     note: str = ""
     place: tuple[float, ...] = ()
-    sections: list[tuple[int, str]] = field(default_factory=list)
+    sections: list[tuple[int, int, int]] = field(default_factory=list)
     error: str = ""
 
 
@@ -86,7 +91,7 @@ class Report:
         summary: HTML above the groups.
 
     Raises:
-        OutputError: a file of another is in its place, or the folder can't be made.
+        OutputError: a file of another is in its place, or the folder can't be made or written to.
     """
 
     def __init__(self, folder: Path, facts: Sequence[str], command: str = "icnet predict") -> None:
@@ -97,6 +102,8 @@ class Report:
         self._started = time.monotonic()
         with output_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            # Those of a large run don't fit into memory.
+            self._sections = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (`write` closes it)
         for path in (folder / REPORT, *self._pages()):
             if (path.exists() or path.is_symlink()) and not self._is_ours(path):
                 raise OutputError(f"{path}: was not made by {command} and would be overwritten; move it away")
@@ -148,7 +155,10 @@ class Report:
                 )
                 for i in chosen
             )
-            entry.sections.append((len(chosen), f"<section>\n<h2>{title}</h2>\n{rows}</section>\n"))
+            section = f"<section>\n<h2>{title}</h2>\n{rows}</section>\n".encode()
+            with self._lock, output_errors(self.folder):
+                entry.sections.append((len(chosen), self._sections.seek(0, os.SEEK_END), len(section)))
+                self._sections.write(section)
         with self._lock:
             self._entries[number] = entry
 
@@ -205,14 +215,14 @@ class Report:
         links = [f'<a href="{name}">{i + 1}</a>' for i, name in enumerate(names)]
         for i, (name, page) in enumerate(zip(names, pages, strict=True)):
             around = f'<p>Page {i + 1} of {len(pages)}; <a href="{REPORT}">index</a></p>' if len(pages) > 1 else ""
-            options = dict.fromkeys(entry.name for entry, _ in page if entry.images)
+            options = dict.fromkeys(entry.name for entry, *_ in page if entry.images)
             tools = TOOLS.format(options="".join(f"<option>{escaped(option)}</option>" for option in options))
             head = around or self.summary
-            self._write(name, facts, head, tools + "".join(section for _, section in page))
+            self._write(name, facts, head, tools + "".join(self._section(*one) for one in page))
         if len(pages) > 1:
             rows = [
                 f"<tr><td>{escaped(entry.name)}<td>{entry.images or ''}<td>"
-                + (" ".join(link for link, page in zip(links, pages, strict=True) if any(e is entry for e, _ in page)))
+                + (" ".join(link for link, page in zip(links, pages, strict=True) if any(e is entry for e, *_ in page)))
                 + (f"<td>{escaped(entry.note)}" if self.summary else "")
                 for entry in entries
             ]
@@ -223,7 +233,16 @@ class Report:
             if path.name not in names and self._is_ours(path):
                 with output_errors(path):
                     path.unlink()
+        self._sections.close()
         return self.folder / REPORT
+
+    def _section(self, entry: Entry, at: int, length: int) -> str:
+        if not length:
+            name, problem = escaped(entry.name), escaped(entry.error)
+            return f'<section><h2><bdi>{name}</bdi></h2><p class="error">{problem}</p></section>\n'
+        with output_errors(self.folder):
+            self._sections.seek(at)
+            return self._sections.read(length).decode()
 
     def _write(self, name: str, facts: Sequence[str], head: str, body: str) -> None:
         template = TEMPLATE.read_text(encoding="utf-8")
@@ -255,19 +274,16 @@ class Report:
             return False
 
 
-def _pages(entries: Sequence[Entry]) -> list[list[tuple[Entry, str]]]:
-    """Which sections stand on which page; errors take no room."""
-    pages: list[list[tuple[Entry, str]]] = [[]]
+def _pages(entries: Sequence[Entry]) -> list[list[tuple[Entry, int, int]]]:
+    """Which sections stand on which page, as place and length; errors have none, and take no room."""
+    pages: list[list[tuple[Entry, int, int]]] = [[]]
     room = PAGE_IMAGES
     for entry in entries:
-        error = (
-            f'<section><h2><bdi>{escaped(entry.name)}</bdi></h2><p class="error">{escaped(entry.error)}</p></section>\n'
-        )
-        for images, section in entry.sections or [(0, error)]:
+        for images, at, length in entry.sections or [(0, 0, 0)]:
             if images > room:
                 pages.append([])
                 room = PAGE_IMAGES
-            pages[-1].append((entry, section))
+            pages[-1].append((entry, at, length))
             room -= images
     return pages
 
