@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import re
 import shutil
 import zipfile
@@ -49,7 +50,8 @@ def url(site: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def opened(browser: Any, url: str) -> Iterator[Visit]:
-    visit = Visit(browser, url).started()
+    """On one thread: several, which wait by turning, take far longer beside other tests."""
+    visit = Visit(browser, url + "?threads=1").started()
     yield visit
     visit.context.close()
 
@@ -161,7 +163,8 @@ def test_photographs_get_the_maps_of_the_models_that_ship(browser: Any, tmp_path
     photos = sorted((DATA / "photos/fish").glob("*.jpg"))[:2]
     or_skip(lambda: build(tmp_path / "site", model, detector))
     with serving(tmp_path / "site") as url:
-        visit = Visit(browser, url + "?threads=1").started()
+        visit = Visit(browser, url).started()
+        assert "1 thread" not in visit.page.inner_text("#engine") or os.cpu_count() == 1
         visit.choose(photos)
         visit.ready("2 maps ready")
         sisms, maps = (np.stack([shown(visit, kind, i)[:, :, 0] for i in range(2)]) for kind in ("sism", "map"))
@@ -408,7 +411,7 @@ def test_models_that_are_no_icnet_are_named(browser: Any, site: Path, exports: P
     ):
         (tmp_path / "site/models/intra.onnx").write_bytes(content)
         with serving(tmp_path / "site") as url:
-            visit = Visit(browser, url)
+            visit = Visit(browser, url + "?threads=1")
             visit.page.wait_for_selector("#messages p")
             assert f"intra.onnx {reason}" in visit.messages[0]
             assert visit.status == "Stopped"
