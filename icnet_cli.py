@@ -23,6 +23,7 @@ PACKAGES = ("runtime", "export", "training", "evaluation", "calibration", "bench
 # Module: has `add_arguments(parser)` and `run(args) -> exit code`. Extra: what to install if its imports fail. Text.
 COMMANDS = {
     "predict": ("runtime.commands.predict", "cpu", "co-saliency maps and contact sheets for folders of images"),
+    "batch": ("runtime.commands.batch", "cpu,ray", "what predict does, for a table of groups, in many processes: Ray"),
     "triton": ("runtime.commands.triton", "cpu,triton", "a model repository for NVIDIA's Triton Inference Server"),
     "bank": ("runtime.commands.bank", "cpu", "a bank of a group's images, to compare others with"),
     "web": ("runtime.commands.web", "cpu", "a static site that computes maps in the visitor's browser"),

@@ -110,15 +110,18 @@ def _group(name: str, folder: Path, sism_folder: Path | None) -> Group:
     if not images:
         looked_for = ", ".join(sorted(suffixes()))
         raise InputError(f"{folder}: no images in it (looked for {looked_for}){heif_hint(passed_over)}")
-    by_stem: dict[str, Path] = {}
-    for image in images:
-        if image.stem in by_stem:
-            raise InputError(
-                f"{folder}: {by_stem[image.stem].name} and {image.name} would both become {image.stem}.png; rename one"
-            )
-        by_stem[image.stem] = image
+    check_names(str(folder), images)
     sisms = None if sism_folder is None else matching(images, sism_folder, "SISM")
     return Group(name, tuple(images), sisms, passed_over=passed_over)
+
+
+def check_names(where: str, images: Sequence[Path]) -> None:
+    """Raise InputError, which begins with `where`, if the maps of two images of a group would have one name."""
+    by_stem: dict[str, Path] = {}
+    for image in images:
+        other = by_stem.setdefault(image.stem, image)
+        if other is not image:
+            raise InputError(f"{where}: {other.name} and {image.name} would both become {image.stem}.png; rename one")
 
 
 def matching(images: Sequence[Path], folder: Path, what: str) -> tuple[Path, ...]:

@@ -57,14 +57,19 @@ def sism_source(path: Path, sisms: str | None, sism_model: str | None) -> tuple[
     if sisms is not None or has_sisms(path):
         folder = sism_folder(path, sisms)
         return folder, BUILTIN if folder is None else None
+    return None, default_detector(path)
+
+
+def default_detector(source: object) -> str | Path:
+    """What makes SISMs if nothing was said: the detector that comes with this package, or the built-in one, named."""
     if (detector := bundled("detector.onnx")) is not None:
-        return None, detector
+        return detector
     logger.warning(
         "%s: no SISMs: OpenCV's static saliency takes their place, a weak stand-in; name their folder with --sisms, or "
         "a detector with --sism-model FILE",
-        path,
+        source,
     )
-    return None, BUILTIN
+    return BUILTIN
 
 
 def sism_folder(path: Path, sisms: str | None) -> Path | None:

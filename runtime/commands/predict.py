@@ -2,7 +2,7 @@
 
 import argparse
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from runtime.commands.results import DETECTOR, GroupResults
 from runtime.commands.summary import Summary
 from runtime.errors import ICNetError, InputError, ModelError, printable
 from runtime.files import bank_files, bundled, digest
-from runtime.groups import find_groups
+from runtime.groups import Group, find_groups
 from runtime.predictor import BUILTIN, Predictor
 from runtime.stream import Task
 
@@ -29,6 +29,7 @@ ENGINES = {
     ".mnn": "MNN",
     OPENVINO_SUFFIX: "OpenVINO",
 }  # by a model file's suffix; of others, TensorRT
+Following = Callable[..., list[Callable[[], outputs.Fullness | None]]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,16 +102,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     bank = None if args.bank is None else Bank.load(args.bank)
     summary = Summary(groups, asked)
     with open_predictor(args, detector, banks_only=bank is not None) as predictor:
-        if args.pack and not predictor.packed:
-            raise InputError(
-                f"{predictor.path}: takes one group at a time; --pack takes a model from icnet export --packed"
-            )
-        used = model_files(model_of(args), banks_only=bank is not None) | ({"bank": args.bank} if args.bank else {})
-        if predictor.detector is not None:
-            used[DETECTOR] = predictor.detector.path
-        models = {role: (path, digest(path)) for role, path in used.items()}
-        detected = "" if predictor.detector is None else predictor.detector.settings
-
+        work = Work(args, predictor, asked)
         facts = [model_of(args).name, engine_of(model_of(args)), args.device or "cpu"]
         report = Report(args.output, facts) if args.report else None
         in_work: deque[int] = deque()  # the numbers of the groups whose outcomes are to come
@@ -123,26 +115,16 @@ def _run(args: argparse.Namespace, console: Console) -> int:
                 for number, group in enumerate(groups):
                     progress.update(bar, description=escape(group.name))
                     try:
-                        if group.problem is not None:
-                            raise group.problem
-                        results = GroupResults(
-                            args.output / group.name, group, models, asked, detected, args.keep_sisms
-                        )
+                        results = work.results(group)
                         if args.resume and results.finished():
                             if report is not None:
                                 report.add_finished(number, group, results.folder)
                             summary.finished += 1
                             progress.advance(bar)
                             continue
-                        follow = partial(outputs.writes, group, results.write, asked)
-                        task = Task(
-                            predictor.pipeline.reads(
-                                group.images, results.kept_sisms if detected else group.sisms, kept=bank is not None
-                            ),
-                            follow if report is None else partial(report.following, number, group, follow),
-                            results.keep_sism if args.keep_sisms else None,
+                        task = work.begin(
+                            group, results, None if report is None else partial(report.following, number, group)
                         )
-                        results.begin()
                     except ICNetError as error:
                         in_work.append(number)
                         yield error
@@ -174,6 +156,69 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 def engine_of(model: Path) -> str:
     """What runs a model's file."""
     return ENGINES.get(model.suffix.lower(), "TensorRT")
+
+
+class Work:
+    """What is done for every group of a run: the models compute its maps, and its files are written.
+
+    Args:
+        args: with the options of `add_model_arguments`, and `output`, `pack`, `bank` and `keep_sisms`.
+        predictor: from `open_predictor`.
+        asked: what is written.
+
+    Raises:
+        InputError: --pack, and the model is not packed.
+    """
+
+    def __init__(self, args: argparse.Namespace, predictor: Predictor, asked: outputs.Outputs) -> None:
+        if args.pack and not predictor.packed:
+            raise InputError(
+                f"{predictor.path}: takes one group at a time; --pack takes a model from icnet export --packed"
+            )
+        self._args, self._predictor, self._asked = args, predictor, asked
+        banked = args.bank is not None
+        used = model_files(model_of(args), banks_only=banked) | ({"bank": args.bank} if banked else {})
+        self._models = {role: (path, digest(path)) for role, path in used.items()}
+        self._detected, self._with_detector = "", self._models
+        if (detector := predictor.detector) is not None:
+            self._detected = detector.settings
+            self._with_detector = self._models | {DETECTOR: (detector.path, digest(detector.path))}
+
+    def results(self, group: Group) -> GroupResults:
+        """The results of a group, of which some may be there already.
+
+        Raises:
+            InputError: the group can't be used.
+        """
+        if group.problem is not None:
+            raise group.problem
+        models, detected = (self._models, "") if group.sisms else (self._with_detector, self._detected)
+        folder = self._args.output / group.name
+        return GroupResults(folder, group, models, self._asked, detected, self._args.keep_sisms)
+
+    def begin(
+        self, group: Group, results: GroupResults, following: Following | None = None
+    ) -> Task[outputs.Fullness | None]:
+        """Clear the way for a group's results: its task.
+
+        Args:
+            group: the group.
+            results: from `results`.
+            following: takes what follows on its maps, and the maps, and adds to it; as `Report.following`.
+
+        Raises:
+            ICNetError: as `Pipeline.reads` and `GroupResults.begin`.
+        """
+        follow = partial(outputs.writes, group, results.write, self._asked)
+        task = Task(
+            self._predictor.pipeline.reads(
+                group.images, group.sisms or results.kept_sisms or None, kept=self._args.bank is not None
+            ),
+            follow if following is None else partial(following, follow),
+            results.keep_sism if self._args.keep_sisms else None,
+        )
+        results.begin()
+        return task
 
 
 def model_of(args: argparse.Namespace) -> Path:
