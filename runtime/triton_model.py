@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from runtime.backends.onnx_gpu import name_of
 from runtime.commands.device import PROVIDERS
+from runtime.commands.triton import FILES
 from runtime.contract import OUTPUTS, RGBS
 from runtime.errors import DependencyError, ICNetError, InputError
 from runtime.predictor import Predictor
+from runtime.stream import Task
 
 
 class TritonPythonModel:
@@ -39,33 +41,56 @@ class TritonPythonModel:
             files.get("model"),
             bank_export=(files["intra"], files["banked"]) if "banked" in files else None,
             threads=int(settings["threads"]) if "threads" in settings else None,
+            sism_model=folder / settings["detector"] if "detector" in settings else None,
+            sism_normalise=settings.get("sism_normalise"),
+            sism_minmax=settings["sism_minmax"] == "True" if "sism_minmax" in settings else None,
             providers=[(name_of(one), {"device_id": number}) for one in PROVIDERS[settings.get("device", "cpu")]],
             device=number,
         )
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """The response of each request: `maps`, or why there are none. Groups of all of them share calls."""
-        asked = [self._rgbs(pb_utils.get_input_tensor_by_name(request, RGBS.name)) for request in requests]
-        groups = [
-            (group[..., :3], group[..., 3]) for rgbs in asked if not isinstance(rgbs, ICNetError) for group in rgbs
-        ]
-        outcomes = iter(self.predictor.predict_tensor_groups(groups, on_error="return"))
-        return [_response(rgbs, outcomes) for rgbs in asked]
+        detects = self.predictor.detector is not None
+        name = FILES if detects else RGBS.name
+        asked = [self._input(pb_utils.get_input_tensor_by_name(request, name)) for request in requests]
+        groups = [group for of_request in asked if not isinstance(of_request, ICNetError) for group in of_request]
+        outcomes = self._from_files(groups) if detects else self._from_tensors(groups)
+        return [_response(of_request, outcomes) for of_request in asked]
+
+    def _from_tensors(self, groups: Sequence[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32] | ICNetError]:
+        tensors = [(group[..., :3], group[..., 3]) for group in groups]
+        return iter(self.predictor.predict_tensor_groups(tensors, on_error="return"))
+
+    def _from_files(self, groups: Sequence[NDArray[np.object_]]) -> Iterator[NDArray[np.float32] | ICNetError]:
+        """The maps of groups of image files, whose SISMs the detector makes."""
+        pipeline = self.predictor.pipeline
+
+        def tasks() -> Iterator[Task[NDArray[np.float32]] | ICNetError]:
+            for group in groups:
+                try:
+                    task = Task(pipeline.reads([bytes(file) for file in group], None), lambda _, maps: [lambda: maps])
+                except ICNetError as error:
+                    yield error
+                else:
+                    yield task
+
+        for outcome in pipeline.stream(tasks()):
+            yield outcome if isinstance(outcome, ICNetError) else outcome[0]
 
     def finalize(self) -> None:
         """Give the model's memory back."""
         self.predictor.close()
 
-    def _rgbs(self, tensor: Any) -> NDArray[np.uint8] | InputError:
-        """The groups of a request that have images, uint8 [b, n, 224, 224, 4]. Triton has checked all but n."""
-        rgbs: NDArray[np.uint8] = tensor.as_numpy()
-        if rgbs.shape[1] > self.most:
-            return InputError(f"{rgbs.shape[1]} images in a group: this server takes at most {self.most}")
-        return rgbs
+    def _input(self, tensor: Any) -> NDArray[Any] | InputError:
+        """A request's groups, uint8 [b, n, 224, 224, 4] or files [b, n]. Triton has checked all but n."""
+        found: NDArray[Any] = tensor.as_numpy()
+        if found.shape[1] > self.most:
+            return InputError(f"{found.shape[1]} images in a group: this server takes at most {self.most}")
+        return found
 
 
-def _response(rgbs: NDArray[np.uint8] | ICNetError, outcomes: Iterator[NDArray[np.float32] | ICNetError]) -> Any:
-    found = [rgbs] if isinstance(rgbs, ICNetError) else [next(outcomes) for _ in rgbs]
+def _response(asked: NDArray[Any] | ICNetError, outcomes: Iterator[NDArray[np.float32] | ICNetError]) -> Any:
+    found = [asked] if isinstance(asked, ICNetError) else [next(outcomes) for _ in asked]
     maps = [one for one in found if not isinstance(one, ICNetError)]
     error = next((one for one in found if isinstance(one, ICNetError)), None)
     if error is None:

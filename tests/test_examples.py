@@ -1,7 +1,14 @@
 """The examples, run on the sample data with a narrow network."""
 
 import io
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +21,7 @@ import pytest
 from PIL import Image
 
 from runtime import Predictor
+from tests.batch_runs import LOOPBACK, command_line, descendants, environment, listeners
 from tests.helpers import DATA
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -79,14 +87,75 @@ def test_masks_of_rembg(exports: Path, tmp_path: Path) -> None:
         main(exports, photos, masks, tmp_path / "out")
 
 
+def archive(images: np.ndarray, sisms: np.ndarray) -> bytes:
+    body = io.BytesIO()
+    np.savez(body, images=images, sisms=sisms)
+    return body.getvalue()
+
+
+def status(address: str, body: bytes) -> int | bytes:
+    """What a service answers; the status of a refusal."""
+    try:
+        with urllib.request.urlopen(address, body, timeout=120) as answer:
+            return answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_ray_serve(exports: Path, tmp_path: Path) -> None:
+    """On a real Ray: batches, a full queue, a replica that dies, the end."""
+    for package in ("ray.serve", "starlette", "fastapi", "aiohttp"):
+        pytest.importorskip(package, reason="ray[serve] is not installed")
+    rng = np.random.default_rng(0)
+    groups = [rng.integers(0, 256, (n, 40, 50, 4), dtype=np.uint8) for n in (1, 3, 2, 4)]
+    with Predictor(exports) as plain:
+        expected = [plain(group[..., :3], group[..., 3]) for group in groups]
+    bodies = [archive(group[..., :3], group[..., 3]) for group in groups]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = Path("/tmp") / f"icnet-s{os.getpid()}"  # short, for Ray's sockets
+    place.mkdir()
+    argv = [EXAMPLES / "ray_serve.py", exports.with_suffix(".packed.onnx"), "--port", str(port)]
+    with (tmp_path / "log").open("wb") as log:
+        env = environment(TMPDIR=str(place), HOME=str(tmp_path))
+        process = subprocess.Popen([sys.executable, *argv], stdout=subprocess.PIPE, stderr=log, text=True, env=env)
+    try:
+        assert process.stdout is not None
+        address = next((line.strip() for line in process.stdout if line.startswith("http")), "")
+        assert address, (tmp_path / "log").read_text()
+        assert listeners([process.pid, *descendants(process.pid)]) <= LOOPBACK
+        with ThreadPoolExecutor(40) as pool:
+            for answer, maps in zip(pool.map(lambda body: status(address, body), bodies), expected, strict=True):
+                assert isinstance(answer, bytes)
+                assert abs(np.load(io.BytesIO(answer))["maps"] - np.stack(maps)).mean() < 1e-3
+            for body in (b"no archive", archive(groups[1][..., :3], groups[0][..., 3]), archive(groups[0], groups[0])):
+                assert status(address, body) == 400
+            big = rng.integers(0, 256, (32, 224, 224, 4), dtype=np.uint8)
+            body = archive(big[..., :3], big[..., 3])
+            answers = list(pool.map(lambda _: status(address, body), range(40)))
+            assert {answer for answer in answers if isinstance(answer, int)} == {503}
+            assert sum(isinstance(answer, bytes) for answer in answers) >= 2
+        replicas = [pid for pid in descendants(process.pid) if b"ServeReplica" in command_line(pid)]
+        assert len(replicas) == 2
+        os.kill(replicas[0], signal.SIGKILL)
+        end = time.monotonic() + 120
+        while [pid for pid in descendants(process.pid) if b"ServeReplica" in command_line(pid)][1:] == []:
+            assert time.monotonic() < end, "no replica took the place of the one that died"
+            time.sleep(0.2)
+        assert isinstance(status(address, bodies[0]), bytes)
+        process.terminate()
+        assert process.wait(timeout=120) == 0
+        assert list(place.iterdir()) == []
+        assert [path.name for path in tmp_path.iterdir()] == ["log"]
+    finally:
+        process.kill()
+        shutil.rmtree(place, ignore_errors=True)
+
+
 def test_a_threaded_service(exports: Path) -> None:
     rng = np.random.default_rng(0)
     groups = [rng.integers(0, 256, (n, 40, 50, 4), dtype=np.uint8) for n in (1, 3, 2, 4)]
-
-    def archive(images: np.ndarray, sisms: np.ndarray) -> bytes:
-        body = io.BytesIO()
-        np.savez(body, images=images, sisms=sisms)
-        return body.getvalue()
 
     def ask(body: bytes) -> bytes:
         with urllib.request.urlopen(address, body, timeout=60) as answer:

@@ -34,7 +34,8 @@ from runtime.errors import DependencyError, ICNetError, InputError, ModelError, 
 from runtime.files import check_model_file, output_errors, remove
 from runtime.threads import cores
 
-CALL = 16  # groups that an actor gets at once; after a kill, as many are looked at again
+CALL = 16  # groups that an actor gets at once, at most; after a kill, as many are looked at again
+CALLS = 4  # for each actor, at least, so that they end at about the same time
 OBJECTS = 200 << 20  # bytes for Ray's objects, which are rows of paths
 FOLDER = "icnet-ray-"  # names of Ray's temporary folders
 LONGEST = 40  # characters of such a folder's path: the names of Ray's sockets have at most 107
@@ -175,8 +176,9 @@ def _outcomes(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     tally = ray.remote(num_cpus=0)(Tally).remote()
-    # Blocks of their own, of few rows: one file, or one block, would be one task, which a kill would undo as a whole.
-    calls = ray.data.from_items([*rows], override_num_blocks=-(-len(rows) // CALL)).map_batches(
+    # Blocks of few rows: a table read by Ray Data would be one task, which a kill would undo as a whole.
+    blocks = min(max(-(-len(rows) // CALL), CALLS * args.actors), len(rows))
+    calls = ray.data.from_items([*rows], override_num_blocks=blocks).map_batches(
         GroupActor,
         batch_size=None,
         batch_format="pyarrow",

@@ -3,30 +3,39 @@
 A request is one or more groups of one size, uint8 [b, n, 224, 224, 4]: RGB, and the SISM as the fourth channel. Triton
 joins requests. A ragged export, which Triton runs itself, gets their bytes and shapes; with the Python back end a
 `Predictor` gets their groups. So no request can reach another one's images.
+
+With a detector a request has image files as they are, bytes [b, n]: a detector sees images at a size of its own, so
+what a client resizes for ICNet won't do.
 """
 
 import argparse
 import json
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from runtime import __version__
 from runtime.backends.engine_file import read_engine
 from runtime.backends.onnx_session import tensors
 from runtime.backends.opening import ENGINE_SUFFIXES, MNN_SUFFIX, OPENVINO_SUFFIX
+from runtime.commands.detector import add_detector_arguments
 from runtime.commands.device import add_device_argument, place
 from runtime.commands.options import number, positive
 from runtime.commands.predict import model_files
 from runtime.contract import OUTPUTS, RGBS, SHAPES, SIZE, ExportKind, check_contract, foreign
+from runtime.detector import Detector
 from runtime.errors import DependencyError, InputError, ModelError, OutputError, how_to_install, one_line
-from runtime.files import check_outputs, check_seal, replacing_folder, write_bytes
+from runtime.files import bundled, check_outputs, check_seal, encoded, replacing_folder, write_bytes
 from runtime.predictor import Predictor
 
 BACKENDS = {"onnxruntime": "model.onnx", "tensorrt": "model.plan", "python": "model.py"}  # and the file of a version
 OURS = "# Written by icnet triton"
 CONFIG = "config.pbtxt"
+FILES = "files"  # the input of a model with a detector
 
 JOINED = f"""
 # The graph gets the bytes of all requests as {RGBS.name}, and the shape of each group as {SHAPES.name}.
@@ -37,14 +46,17 @@ batch_output [ {{
   kind: BATCH_SCATTER_WITH_INPUT_SHAPE target_name: "{OUTPUTS[0].name}" source_input: "{RGBS.name}"
 }} ]
 """
-WARMUP = f"""
+WARMUP = """
 # The model counts as loaded only if it has computed a group.
-model_warmup [ {{
+model_warmup [ {
   name: "a group"
   batch_size: 1
-  inputs {{ key: "{RGBS.name}" value {{ data_type: TYPE_UINT8 dims: [ %d, {SIZE}, {SIZE}, 4 ] random_data: true }} }}
-}} ]
+  inputs { key: "%s" value { %s } }
+} ]
 """
+RANDOM = f"data_type: TYPE_UINT8 dims: [ %d, {SIZE}, {SIZE}, 4 ] random_data: true"
+PICTURES = "pictures"  # the file with those of the warm-up
+STORED = f'data_type: TYPE_STRING dims: [ %d ] input_data_file: "{PICTURES}"'
 MODEL = '''"""Written by icnet triton. The settings are in config.pbtxt."""
 
 import sys
@@ -73,6 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-t", "--threads", type=number(), help="CPU threads of an instance (default: one per core)")
     add("--site", type=Path, action="append", default=[], metavar="DIR", help="python: a folder of packages for the "
         "server's Python, as it is called there; repeat it (default: this package is installed there)")  # fmt: skip
+    add("--files", action="store_true", help="python: requests are image files, and a detector makes their "
+        "SISMs: that of --sism-model, or the one that comes with this package")  # fmt: skip
+    add_detector_arguments(add)
     add_device_argument(add)
 
 
@@ -93,18 +108,21 @@ def run(args: argparse.Namespace) -> int:
     place(args.device, args.model)  # refuses what does not run there
     if args.model.suffix.lower() == OPENVINO_SUFFIX:
         raise ModelError(f"{args.model}: an OpenVINO file; icnet triton takes ONNX files, MNN files and engines")
+    detector = _detector(args)
     target: Path = args.output / args.name
     kind, smallest, record = _look(args.model)
     backend = args.backend or _default_backend(args.model, kind)
     if backend == "python":
-        files = _files_for_python(args, kind)
+        files = _files_for_python(args, kind, detector)
         names = {role: f"icnet{'' if role == 'model' else f'.{role}'}{file.suffix}" for role, file in files.items()}
+        if detector is not None:
+            files["detector"], names["detector"] = detector, f"detector.{detector.name}"  # its name tells its family
     else:
         _check_for_triton(args, backend, kind, record)
         files, names = {"model": args.model}, {"model": BACKENDS[backend]}
     check_outputs([target / "1" / name for name in names.values()], files.values())
     _check_target(args.output, target)
-    config = _config(args, backend, names, on_gpu, smallest)
+    config = _config(args, backend, names, on_gpu, smallest, detector is not None)
     _parse(config)
     with replacing_folder(target, args.output.absolute().parent) as folder:  # Triton would load what it finds in REPO
         (folder / "1").mkdir()
@@ -113,11 +131,29 @@ def run(args: argparse.Namespace) -> int:
         if backend == "python":
             sites = [str(site) for site in args.site]
             write_bytes(folder / "1" / BACKENDS["python"], MODEL.format(sites=sites).encode())
+        if detector is not None:
+            (folder / "warmup").mkdir()
+            picture = encoded(partial(Image.linear_gradient("L").convert("RGB").save, format="png"))
+            write_bytes(folder / "warmup" / PICTURES, (len(picture).to_bytes(4, "little") + picture) * smallest)
         write_bytes(folder / CONFIG, config.encode())
     print(f"{target}: {backend} back end, up to {args.max_groups} groups in one execution")
     if record:
         print(f"built by {record['tensorrt']} {record['tensorrt_version']}: the server needs the same version")
     return 0
+
+
+def _detector(args: argparse.Namespace) -> Path | None:
+    """The file of the detector, if there is to be one."""
+    if not (args.files or args.sism_model):
+        if args.sism_normalise is not None or args.sism_minmax is not None:
+            raise InputError("--sism-normalise and --sism-minmax: are for a detector; name one with --sism-model")
+        return None
+    if args.backend != "python":
+        raise InputError("--files and --sism-model: a detector takes --backend python")
+    detector = args.sism_model or bundled("detector.onnx")
+    if detector is None:
+        raise InputError("--files: no detector comes with this package; name one with --sism-model FILE")
+    return Path(detector)
 
 
 def _look(model: Path) -> tuple[ExportKind | None, int, dict[str, Any]]:
@@ -149,14 +185,16 @@ def _default_backend(model: Path, kind: ExportKind | None) -> str:
     )
 
 
-def _files_for_python(args: argparse.Namespace, kind: ExportKind | None) -> dict[str, Path]:
-    """The model's files, by their roles, once a Predictor has opened them, if it can do so on any machine."""
+def _files_for_python(args: argparse.Namespace, kind: ExportKind | None, detector: Path | None) -> dict[str, Path]:
+    """The model's files, by their roles, once they and the detector were opened, if that can be done on any machine."""
     if kind is ExportKind.RAGGED:
         raise ModelError(f"{args.model}: a ragged export, which Triton runs itself: leave out --backend python")
     files = model_files(args.model, False)
     if args.model.suffix.lower() not in ENGINE_SUFFIXES:
         banks = (files["intra"], files["banked"]) if "banked" in files else None
         Predictor(files.get("model"), bank_export=banks, threads=1).close()
+    if detector is not None:
+        Detector(detector, 1, normalise=args.sism_normalise, minmax=args.sism_minmax).close()
     return files
 
 
@@ -193,10 +231,13 @@ def _check_target(repository: Path, target: Path) -> None:
         raise OutputError(f"{repository}: no model repository, since {foreigners[0].name} is no model; choose another")
 
 
-def _config(args: argparse.Namespace, backend: str, names: Mapping[str, str], on_gpu: bool, smallest: int) -> str:
+def _config(
+    args: argparse.Namespace, backend: str, names: Mapping[str, str], on_gpu: bool, smallest: int, detects: bool
+) -> str:
     """The text of config.pbtxt."""
     if backend == "python":
         given = {"device": args.device, "threads": args.threads, "max_images": args.max_images}
+        given |= {"sism_normalise": args.sism_normalise, "sism_minmax": args.sism_minmax}
         settings = dict(names) | {key: str(value) for key, value in given.items() if value is not None}
     else:
         settings = {"intra_op_thread_count": str(args.threads)} if args.threads and not on_gpu else {}
@@ -204,14 +245,18 @@ def _config(args: argparse.Namespace, backend: str, names: Mapping[str, str], on
         f"parameters {{ key: {json.dumps(key)} value {{ string_value: {json.dumps(value)} }} }}\n"
         for key, value in settings.items()
     )
+    asked, warmup = f'name: "{RGBS.name}" data_type: TYPE_UINT8 dims: [ -1, {SIZE}, {SIZE}, 4 ]', RANDOM
+    if detects:
+        asked, warmup = f'name: "{FILES}" data_type: TYPE_STRING dims: [ -1 ]', STORED
+    warmup = WARMUP % (FILES if detects else RGBS.name, warmup % smallest)
     place = f"kind: KIND_GPU gpus: {args.gpu or [0]}" if on_gpu else "kind: KIND_CPU"
     return f"""{OURS} (icnet-deploy {__version__})
 name: "{args.name}"
 backend: "{backend}"
 max_batch_size: {args.max_groups}  # groups; requests of all sizes share an execution
-input [ {{ name: "{RGBS.name}" data_type: TYPE_UINT8 dims: [ -1, {SIZE}, {SIZE}, 4 ] allow_ragged_batch: true }} ]
+input [ {{ {asked} allow_ragged_batch: true }} ]
 output [ {{ name: "{OUTPUTS[0].name}" data_type: TYPE_FP32 dims: [ -1, {SIZE}, {SIZE} ] }} ]
-{WARMUP % smallest if backend == "python" else JOINED}
+{warmup if backend == "python" else JOINED}
 dynamic_batching {{
   max_queue_delay_microseconds: {args.delay * 1000}
   default_queue_policy {{

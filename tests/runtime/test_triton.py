@@ -21,6 +21,8 @@ from PIL import Image
 
 from icnet_cli import main
 from runtime import Predictor
+from runtime.files import bundled
+from runtime.preprocess import restore_map
 from tests.helpers import DATA
 from tests.test_examples import load
 from tests.triton_server import FINISHED, ROOT, Server, installed, raw
@@ -37,7 +39,9 @@ def site():
 
 @pytest.fixture(scope="module")
 def repository(site, exports, tmp_path_factory):
-    """Models: "packed"; "plain", which runs one group at a time; and "numpy2", in the tests' own environment."""
+    """Models: "packed"; "plain", which runs one group at a time; "files", which has a detector; and "numpy2", in the
+    tests' own environment.
+    """
     folder = tmp_path_factory.mktemp("repository") / "models"
     packed = exports.with_suffix(".packed.onnx")
 
@@ -48,13 +52,14 @@ def repository(site, exports, tmp_path_factory):
 
     write("packed", packed, "--delay", 200, "--timeout", 300)
     write("plain", exports, "--max-groups", 1, "--max-images", 200, "--queue", 4, "--timeout", 300)
+    write("files", packed, "--files", "--max-images", 4, "--delay", 200, "--timeout", 300)
     write("numpy2", packed, packages=sysconfig.get_path("purelib"))
     return folder
 
 
 @pytest.fixture(scope="module")
 def server(site, repository, tmp_path_factory):
-    with Server(site, tmp_path_factory.mktemp("server"), repository, "packed", "plain") as server:
+    with Server(site, tmp_path_factory.mktemp("server"), repository, "packed", "plain", "files") as server:
         yield server
 
 
@@ -150,6 +155,45 @@ def test_requests_of_a_wrong_size_or_type(client, rgbs, dtype, message):
     assert re.search(message, said)
 
 
+@pytest.fixture(scope="module")
+def photographs(exports):
+    """Photographs, and their maps of the network's size, with the SISMs of the detector that comes with the package."""
+    images = sorted((DATA / "pasted/img/owl").iterdir())[:4]
+    with Predictor(exports.with_suffix(".packed.onnx"), sism_model=bundled("detector.onnx"), threads=1) as predictor:
+        pixels = [predictor.pipeline.read(images[:n], None) for n in (4, 3)]
+        return images, {len(one.images): predictor.predict_tensors(one.images, one.sisms) for one in pixels}
+
+
+def ask_files(server, files):
+    with grpc.InferenceServerClient(server.grpc) as client:
+        tensor = grpc.InferInput("files", [1, len(files)], "BYTES")
+        tensor.set_data_from_numpy(np.array([files], object))
+        try:
+            return client.infer("files", [tensor]).as_numpy("maps")[0]
+        except InferenceServerException as error:
+            return error.message()
+
+
+def test_files_whose_sisms_the_server_makes(server, photographs):
+    """In one execution, with a request that has a damaged file, and one with too many."""
+    images, expected = photographs
+    files = [image.read_bytes() for image in images]
+    before = counts(server, "files")
+    with ThreadPoolExecutor(4) as pool:
+        requests = [files, files[:3], [files[0], files[1][:300]], [*files, files[0]]]
+        *answers, damaged, large = pool.map(lambda one: ask_files(server, one), requests)
+    executions, groups = counts(server, "files") - before
+    assert groups == 4
+    assert executions < 4
+    for maps in answers:
+        assert abs(maps - expected[len(maps)]).max() < 2e-2
+        assert abs(maps - expected[len(maps)]).mean() < 1e-4
+    assert damaged.startswith("images[1]: ")
+    assert large == "5 images in a group: this server takes at most 4"
+    assert raw(server.http, "files", files[0])[0] == 200  # as the documents' probe sends it
+    assert raw(server.http, "files", files[0][:300])[0] == 400
+
+
 def test_bytes_that_are_no_request(server):
     for body, header in ((b"{}", "2"), (b"no JSON", "7"), (b"{}", "99"), (bytes(1000), "0"), (b"", "0")):
         assert raw(server.http, "packed", body, header)[0] in (400, 500)
@@ -216,7 +260,7 @@ def test_nothing_listens_elsewhere_and_nothing_connects_elsewhere(server):
 
 def test_nothing_is_written_beside_the_log(server, repository):
     assert [path.name for path in server.log.parent.rglob("*")] == ["server.log"]
-    assert sorted(path.name for path in repository.iterdir()) == ["numpy2", "packed", "plain"]
+    assert sorted(path.name for path in repository.iterdir()) == ["files", "numpy2", "packed", "plain"]
 
 
 @pytest.mark.skipif(int(np.__version__.partition(".")[0]) < 2, reason="the tests run with NumPy 1")
@@ -234,6 +278,17 @@ def test_the_example(server, exports, tmp_path, way):
     for image, maps in zip(sorted(images.iterdir()), expected, strict=True):
         with Image.open(tmp_path / "maps" / f"{image.stem}.png") as written:
             assert abs(np.asarray(written) - 255 * maps).mean() < 0.5
+
+
+def test_the_example_without_sisms(server, photographs, tmp_path):
+    images, expected = photographs
+    (tmp_path / "photos").mkdir()
+    for image in images:
+        shutil.copy(image, tmp_path / "photos")
+    load("triton_client").main(tmp_path / "photos", None, tmp_path / "maps", server.http, "files")
+    for image, maps in zip(images, expected[4], strict=True):
+        with Image.open(tmp_path / "maps" / f"{image.stem}.png") as written, Image.open(image) as photograph:
+            assert abs(np.asarray(written) - 255 * restore_map(maps, photograph.size)).mean() < 0.5
 
 
 def test_sigterm_lets_what_was_sent_finish_and_refuses_the_rest(site, repository, packed, tmp_path):

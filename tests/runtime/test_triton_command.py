@@ -1,12 +1,15 @@
 """`icnet triton`: what it writes, by Triton's own protobuf, and what it refuses."""
 
 import hashlib
+import io
 import json
 import sys
 
 import pytest
+from PIL import Image
 
-from runtime.files import write_bytes
+from runtime.files import bundled, write_bytes
+from tests.runtime.detectors import detector_file
 
 text_format = pytest.importorskip("google.protobuf.text_format")
 model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="tritonclient is not installed")
@@ -93,6 +96,27 @@ def test_any_other_model_for_the_python_back_end(icnet, exports, tmp_path):
     assert "sys.path[:0] = [\"/opt/it's/lib\", '/src']" in (folder / "1" / "model.py").read_text()
 
 
+def test_a_detector_beside_the_model(icnet, exports, tmp_path):
+    detector = detector_file(tmp_path / "u2net-small.onnx")
+    options = ("--backend", "python", "--sism-model", detector, "--sism-normalise", "half", "--no-sism-minmax")
+    assert icnet("triton", "--model", exports, "--output", tmp_path / "repo", *options)[0] == 0
+    folder = tmp_path / "repo" / "icnet"
+    assert (folder / "1/detector.u2net-small.onnx").read_bytes() == detector.read_bytes()
+    config = parsed(folder)
+    (files,) = config.input
+    assert (files.name, files.data_type, list(files.dims), files.allow_ragged_batch) == ("files", 13, [-1], True)
+    settings = {key: value.string_value for key, value in config.parameters.items()}
+    wanted = {"detector": "detector.u2net-small.onnx", "sism_normalise": "half", "sism_minmax": "False"}
+    assert wanted.items() <= settings.items()
+    warmup = config.model_warmup[0].inputs["files"]
+    assert (warmup.data_type, warmup.dims, warmup.input_data_file) == (13, [1], "pictures")
+    stored = (folder / "warmup/pictures").read_bytes()
+    assert int.from_bytes(stored[:4], "little") == len(stored) - 4
+    assert Image.open(io.BytesIO(stored[4:])).size == (256, 256)
+    assert icnet("triton", "--model", exports, "--output", tmp_path / "repo", "--backend", "python", "--files")[0] == 0
+    assert (folder / "1/detector.detector.onnx").read_bytes() == bundled("detector.onnx").read_bytes()
+
+
 def test_what_is_ours_is_replaced_as_a_whole_or_not_at_all(icnet, exports, ragged_file, tmp_path, monkeypatch):
     arguments = ("--model", exports, "--output", tmp_path / "repo", "--backend", "python")
     assert icnet("triton", *arguments)[0] == 0
@@ -147,6 +171,9 @@ def test_what_can_not_be_served(icnet, exports, ragged_file, engine, tmp_path):
         (exports, ("--backend", "tensorrt"), "a plain export: Triton would join"),
         (ragged_file, python, "a ragged export, which Triton runs itself"),
         (ragged_file, ("--backend", "tensorrt"), "an ONNX file runs with --backend onnxruntime"),
+        (exports, ("--files",), "--files and --sism-model: a detector takes --backend python"),
+        (exports, (*python, "--sism-model", "none.onnx"), "none.onnx: no such model file"),
+        (exports, (*python, "--sism-normalise", "half"), "--sism-normalise and --sism-minmax: are for a detector"),
         (ragged_file, ("--site", "/x"), "--site: is for --backend python"),
         (ragged_file, ("--device", "tensorrt"), "--device tensorrt: build an engine"),
         (ragged_file, ("--gpu", 1), "--gpu: the model runs on the CPU"),
