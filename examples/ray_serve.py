@@ -4,7 +4,8 @@
 
 A request posts one group as a NumPy archive, as for threaded_service.py. A batch is full by images, not by requests. Of
 each replica ONGOING requests are in work, QUEUED more wait, and others get 503. A replica is healthy if it can infer;
-Ray replaces one that is not. It needs the extra ray-serve.
+Ray replaces one that is not. It needs the extra ray-serve. Of Ray 2.60 each replica has a port for other deployments,
+open on all addresses, whatever is asked for; all other ports are of 127.0.0.1.
 """
 
 import argparse

@@ -75,6 +75,7 @@ FLOAT_OUTPUTS = (TensorSpec("maps", "float32", ("N", 1, SIZE, SIZE)),)
 # The interface for a server that joins requests: bytes of all groups, and the shape of each. An image and its SISM are
 # one array of four channels, so that a request can't have more of one than of the other.
 IMAGE_BYTES = SIZE * SIZE * 4
+FILES = "files"  # for Triton's Python back end with a detector: image files, bytes [b, n]
 RGBS = TensorSpec("rgbs", "uint8", (f"{IMAGE_BYTES}*N",))
 SHAPES = TensorSpec("shapes", "int32", ("B", 4))  # (n, 224, 224, 4) per group; n may be 0
 RAGGED_INPUTS = (RGBS, SHAPES)

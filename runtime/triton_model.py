@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from runtime.backends.onnx_gpu import name_of
 from runtime.commands.device import PROVIDERS
-from runtime.commands.triton import FILES
-from runtime.contract import OUTPUTS, RGBS
+from runtime.contract import FILES, OUTPUTS, RGBS
 from runtime.errors import DependencyError, ICNetError, InputError
 from runtime.predictor import Predictor
 from runtime.stream import Task

@@ -250,9 +250,6 @@ def _silent() -> Iterator[None]:
 @contextmanager
 def _temporary_folder() -> Iterator[str]:
     """A folder for Ray's files, locked while this process lives; those of killed ones are deleted."""
-    for dead in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
-        with suppress(OSError), _locked(dead):
-            shutil.rmtree(dead)
     folder = tempfile.mkdtemp(prefix=FOLDER)
     try:
         if len(folder) > LONGEST:
@@ -260,7 +257,9 @@ def _temporary_folder() -> Iterator[str]:
         with _locked(folder):
             yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for dead in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):  # this one too
+            with suppress(OSError), _locked(dead):
+                shutil.rmtree(dead)
 
 
 @contextmanager

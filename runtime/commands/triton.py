@@ -26,7 +26,7 @@ from runtime.commands.detector import add_detector_arguments
 from runtime.commands.device import add_device_argument, place
 from runtime.commands.options import number, positive
 from runtime.commands.predict import model_files
-from runtime.contract import OUTPUTS, RGBS, SHAPES, SIZE, ExportKind, check_contract, foreign
+from runtime.contract import FILES, OUTPUTS, RGBS, SHAPES, SIZE, ExportKind, check_contract, foreign
 from runtime.detector import Detector
 from runtime.errors import DependencyError, InputError, ModelError, OutputError, how_to_install, one_line
 from runtime.files import bundled, check_outputs, check_seal, encoded, replacing_folder, write_bytes
@@ -35,7 +35,6 @@ from runtime.predictor import Predictor
 BACKENDS = {"onnxruntime": "model.onnx", "tensorrt": "model.plan", "python": "model.py"}  # and the file of a version
 OURS = "# Written by icnet triton"
 CONFIG = "config.pbtxt"
-FILES = "files"  # the input of a model with a detector
 
 JOINED = f"""
 # The graph gets the bytes of all requests as {RGBS.name}, and the shape of each group as {SHAPES.name}.

@@ -202,7 +202,7 @@ def main() -> int:
             kind, began = KINDS[name], time.monotonic()
             first, count = args.seed or 0, args.count or 1
             if args.seed is None:
-                count = kind.sample if args.sample else max(1, round(kind.full * args.share))
+                count = kind.sample if args.sample else max(min(kind.full, 1), round(kind.full * args.share))
             if count == 0:
                 continue
             counts[name] = [0, 0]

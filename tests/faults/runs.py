@@ -7,9 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from tests.faults.lab import (
     alike,
     command,
     ended,
+    make_data,
     message,
     part_of,
     same_tree,
@@ -288,6 +291,26 @@ def descriptors(lab: Lab, case: Case) -> None:
         np.testing.assert_array_equal(one, other)
 
 
+def batches(lab: Lab, case: Case) -> None:
+    """200 groups, two actors: ten kills of an actor at random moments, one of the driver, and --resume."""
+    from tests import batch_runs
+
+    most = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))  # Ray's processes map far more memory than they use
+    data = make_data(case.folder / "data", {f"g{i:03}": 1 + i % 4 for i in range(200)})
+    model = ["-m", lab.models["plain"], "-t", 1]
+    expected, out = case.folder / "expected", case.folder / "out"
+    assert settle(command("predict", data, *model, "-o", expected))
+    with tempfile.TemporaryDirectory(prefix="f", dir="/tmp") as temporary:  # short, for Ray's sockets
+        argv = (data, *model, "-o", out, "--actors", 2)
+        env = batch_runs.environment(TMPDIR=temporary)
+        killed = batch_runs.disturbed(case.rng, argv, out, 200, 10, env)
+        assert os.listdir(temporary) == []  # noqa: PTH208
+    case.tried += f"{killed} actors killed; "
+    batch_runs.check(out, expected)
+    assert killed >= 9, killed
+
+
 KINDS = (
     Kind(
         "kills",
@@ -303,4 +326,5 @@ KINDS = (
     Kind("closing", "close() while threads compute", closing, 4, 100),
     Kind("leaving", "the interpreter's end while threads compute", leaving, 1, 40),
     Kind("descriptors", "no file descriptors left", descriptors, 2, 40),
+    Kind("batches", "batch of 200 groups, ten actors and the driver killed", batches, 0, 1 if find_spec("ray") else 0),
 )
