@@ -24,13 +24,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.faults import commands, inputs, runs
-from tests.faults.lab import ROOT, TIME_OUT, Case, Kind, Lab
+from tests.faults.lab import ROOT, Case, Kind, Lab
 
 KINDS = {kind.name: kind for kind in (*inputs.KINDS, *commands.KINDS, *runs.KINDS)}
 PAGE = ROOT / "docs/reliability.md"
 MARKERS = "<!-- faults -->\n", "<!-- end of faults -->\n"
 MEMORY = 4 << 30  # bytes that a case may add to the process's address space
-SILENT = 300  # seconds; a case has time-outs of its own, so this is a hang in native code
+SILENT = 60  # seconds beyond a case's own time-out: a hang in native code
 
 
 class HangsError(BaseException):
@@ -38,17 +38,17 @@ class HangsError(BaseException):
 
 
 @contextlib.contextmanager
-def bounded() -> Iterator[None]:
+def bounded(seconds: int) -> Iterator[None]:
     """Bound the time and the memory that a case may take."""
 
     def stop(*_: object) -> None:
-        raise HangsError(f"no end within {2 * TIME_OUT} s")
+        raise HangsError(f"no end within {seconds} s")
 
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     memory = resource.getrlimit(resource.RLIMIT_AS)
     handler = signal.signal(signal.SIGALRM, stop)
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, memory[1]))
-    signal.alarm(2 * TIME_OUT)
+    signal.alarm(seconds)
     try:
         yield
     finally:
@@ -63,7 +63,7 @@ def run_case(lab: Lab, kind: Kind, seed: int) -> str | None:
         Path(folder).chmod(0o755)
         case = Case(kind.name, seed, Path(folder))
         try:
-            with bounded():
+            with bounded(kind.seconds):
                 kind.run(lab, case)
         except (Exception, HangsError) as error:
             where = "".join(traceback.format_exception(error)[-3:])
@@ -116,7 +116,7 @@ def child(args: argparse.Namespace) -> int:
 
 def isolated(kind: Kind, seeds: range, exports: Path) -> Iterator[tuple[int, str | None, float]]:
     """Run cases in processes that may die: (seed, failure, seconds) each."""
-    seed = seeds.start
+    seed, silent = seeds.start, kind.seconds + SILENT
     while seed < seeds.stop:
         words = ["--kind", kind.name, "--seed", str(seed), "--count", str(seeds.stop - seed), "--exports", str(exports)]
         process = subprocess.Popen(
@@ -126,10 +126,10 @@ def isolated(kind: Kind, seeds: range, exports: Path) -> Iterator[tuple[int, str
         threading.Thread(target=_read, args=(process, lines), daemon=True).start()
         while True:
             try:
-                line = lines.get(timeout=SILENT)
+                line = lines.get(timeout=silent)
                 ending = f"its process died with exit code {process.wait() if line is None else 0}"
             except queue.Empty:
-                line, ending = None, f"hangs: silent for {SILENT} s"
+                line, ending = None, f"hangs: silent for {silent} s"
             if line is None:
                 process.kill()
                 process.wait()

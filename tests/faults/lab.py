@@ -49,6 +49,7 @@ class Kind:
         run: one case; whatever it raises is a failure.
         sample: the number of cases in `make test`.
         full: the number in `make faults`.
+        seconds: that a case may take.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Kind:
     run: Callable[["Lab", "Case"], None]
     sample: int
     full: int
+    seconds: int = 2 * TIME_OUT
 
 
 class Case:

@@ -326,5 +326,12 @@ KINDS = (
     Kind("closing", "close() while threads compute", closing, 4, 100),
     Kind("leaving", "the interpreter's end while threads compute", leaving, 1, 40),
     Kind("descriptors", "no file descriptors left", descriptors, 2, 40),
-    Kind("batches", "batch of 200 groups, ten actors and the driver killed", batches, 0, 1 if find_spec("ray") else 0),
+    Kind(
+        "batches",
+        "batch of 200 groups, ten actors and the driver killed",
+        batches,
+        0,
+        int(bool(find_spec("ray"))),
+        1800,
+    ),
 )
