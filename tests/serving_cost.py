@@ -77,7 +77,8 @@ def ways(model: Path, groups: int, callers: int, folder: Path, stack: ExitStack)
         tensor.set_data_from_numpy(np.concatenate([images, sisms[..., None]], -1)[None])
         local.client.infer(name, [tensor])
 
-    cluster = stack.enter_context(Cluster(Path(tempfile.mkdtemp(prefix="c", dir="/tmp")), threads + 2))
+    short = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="c", dir="/tmp")))  # for Ray's sockets
+    cluster = stack.enter_context(Cluster(short, threads + 2))
     data = make_data(folder / "data", {f"g{k:04}": SIZES[k % len(SIZES)] for k in range(groups)})
     files = (data, "-m", model, "-t")
 
@@ -99,7 +100,7 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a packed export")
-    parser.add_argument("--groups", type=int, default=60)
+    parser.add_argument("--groups", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--callers", type=int, default=4)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/serving.json")

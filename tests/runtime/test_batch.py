@@ -166,7 +166,7 @@ def test_on_this_machine_nothing_is_reached_from_elsewhere_or_left(data, expecte
         process = start(data, "-m", exports, "-o", tmp_path / "out", "-t", 1, "--resume", env=env)
         while process.poll() is None:
             listening |= listeners([process.pid, *descendants(process.pid)])
-            time.sleep(0.1)
+            time.sleep(0.3)
         code, out, err = ended(process)
         assert (code, err) == (0, "")
         assert out.startswith("1 groups, and 11 were finished already: ")
