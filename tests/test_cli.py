@@ -37,7 +37,7 @@ def test_alone_it_prints_its_commands(icnet, words):
     assert (code, err) == (0, "")
     listed = [line.split("  ")[1] for line in out.splitlines() if line.startswith("  ") and "--" not in line]
     assert listed == [
-        "predict", "triton", "bank", "web", "export", "build", "calibrate", "evaluate", "train",
+        "predict", "batch", "triton", "bank", "web", "export", "build", "calibrate", "evaluate", "train",
         "bench latency", "bench throughput", "bench scaling", "bench roofline", "bench gpu-check", "bench report",
         "data cutouts", "data photos", "data pairs", "data paste", "data targets", "data detector", "data distil",
         "data pretrain",

@@ -18,15 +18,15 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from runtime.backends.opening import ENGINE_SUFFIXES
 from runtime.commands import outputs
-from runtime.commands.batch_table import STATUS, Row, check_status, is_table, is_url, of_folder, of_table, write_status
 from runtime.commands.detector import BUILTIN, default_detector, sism_source, speaking
 from runtime.commands.options import number, positive
 from runtime.commands.predict import add_model_arguments, model_files, model_of
@@ -34,6 +34,10 @@ from runtime.errors import DependencyError, ICNetError, InputError, ModelError, 
 from runtime.files import check_model_file, output_errors, remove
 from runtime.threads import cores
 
+if TYPE_CHECKING:
+    from runtime.commands.batch_table import Row
+
+PACKAGES = ("ray", "pyarrow", "fsspec")  # of the extra ray; imported once they are needed
 CALL = 16  # groups that an actor gets at once, at most; after a kill, as many are looked at again
 CALLS = 4  # for each actor, at least, so that they end at about the same time
 OBJECTS = 200 << 20  # bytes for Ray's objects, which are rows of paths
@@ -55,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         required=True,
-        help=f"folder for what icnet predict writes, and for {STATUS}: group, status, error, seconds, engine",
+        help="folder for what icnet predict writes, and for status.parquet: group, status, error, seconds, engine",
     )
     outputs.add_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="keep finished groups, as icnet predict --resume does")
@@ -81,12 +85,17 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ICNetError: nothing could be started.
     """
+    for name in PACKAGES:
+        if find_spec(name) is None:
+            raise DependencyError(f"{name} is not installed: {how_to_install('cpu,ray')}")
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with speaking(console, "icnet batch"):
         return _run(args, console)
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
+    from runtime.commands.batch_table import STATUS, check_status, is_url, write_status
+
     outputs.chosen(args)  # refuses options that exclude each other
     if is_url(args.output):
         raise InputError(f"--output {args.output}: results are renamed into place, in a folder; name one, or a mount")
@@ -138,8 +147,10 @@ def _check_address(address: str) -> None:
         raise InputError(f"--address {address}: expected HOST:PORT of a Ray cluster, or auto: {error}") from error
 
 
-def _groups(args: argparse.Namespace) -> tuple[list[Row], str | Path | None]:
+def _groups(args: argparse.Namespace) -> "tuple[list[Row], str | Path | None]":
     """The groups, and what makes the SISMs of those that have none."""
+    from runtime.commands.batch_table import is_table, of_folder, of_table
+
     if not is_table(args.path):
         folder, detector = sism_source(Path(args.path), args.sisms, args.sism_model)
         rows = of_folder(Path(args.path), folder)
@@ -157,7 +168,7 @@ def _groups(args: argparse.Namespace) -> tuple[list[Row], str | Path | None]:
 
 
 def _outcomes(
-    args: argparse.Namespace, rows: Sequence[Row], detector: str | Path | None, scratch: str | None
+    args: argparse.Namespace, rows: "Sequence[Row]", detector: str | Path | None, scratch: str | None
 ) -> Iterator[dict[str, Any]]:
     """A row of the status table for each group, as they come.
 
@@ -199,7 +210,6 @@ def _ray(args: argparse.Namespace) -> Iterator[str | None]:
     """Ray, started here or joined at --address. Yields a folder for temporary files, if it was started here.
 
     Raises:
-        DependencyError: it is not installed.
         InputError: it can't be joined.
     """
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
@@ -210,10 +220,8 @@ def _ray(args: argparse.Namespace) -> Iterator[str | None]:
             os.environ.update(LOCAL)
             if "RAY_AUTH_MODE" not in os.environ:  # other users of this machine could run code in it
                 os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-        try:
-            import ray
-        except ImportError as error:
-            raise DependencyError(f"Ray is not installed: {how_to_install('cpu,ray')}") from error
+        import ray  # reads the environment
+
         place: dict[str, Any] = {"address": args.address}
         if folder:
             size = args.actors * args.threads + 1
