@@ -14,8 +14,10 @@ if __name__ == "__main__":  # run as a script: the same as `icnet calibrate`
     sys.exit(main(["calibrate", *sys.argv[1:]]))
 
 import argparse
+import importlib.util
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import onnx
@@ -26,9 +28,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from calibration.graph import ENGINES, ExportedModel, int8_share
 from calibration.groups import CalibrationSet, Feeds, open_groups
 from calibration.ranges import METHODS, PERCENTILE, Ranges, collect, read_cache, write_cache
-from calibration.sensitivity import CURVE, PrecisionPlan, draw, read_precision_plan, record, scorer, search, table
-from evaluation.dataset import find_dataset
+from calibration.sensitivity import (
+    CURVE,
+    PrecisionPlan,
+    draw,
+    opened,
+    read_precision_plan,
+    record,
+    scorer,
+    search,
+    table,
+)
+from evaluation.agreement import DatasetAgreement, compare
+from evaluation.dataset import Dataset, find_dataset
 from evaluation.metrics import Metrics
+from evaluation.record import labels
 from export.onnx_file import save_model
 from runtime import __version__
 from runtime.commands.detector import BUILTIN, sism_folder
@@ -54,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--percentile", type=float, default=PERCENTILE, help=f"of --method percentile (default {PERCENTILE})")
     add("--rest", choices=("fp32", "fp16"), help="precision of the other layers, which must be the model's")
     add("--max-drop", type=float, help="how much S-measure and max F may drop on --validation; searches layer by layer")
-    add("--validation", type=Path, metavar="DATA", help="data set with img/, gt/ and sism/, of other groups")
+    other = "other images, to compare the maps with the export's; for --max-drop a data set with img/, gt/ and sism/"
+    add("--validation", type=Path, metavar="DATA", help=other)
     add("--precision-plan", type=Path, metavar="JSON", help="apply a plan that --max-drop wrote, without searching")
     add("--plot", type=Path, metavar="PNG", help="of --max-drop: draw accuracy against the share of int8 operations")
     add("--cache", type=Path, metavar="JSON", help="ranges, reused if model, groups and method are the same")
@@ -81,14 +96,20 @@ def run(args: argparse.Namespace) -> int:
             f"{args.onnx}: is {model.precision}, so what is not int8 can't be {args.rest}: calibrate an export with "
             f"--precision {args.rest} (only the exporter can scale activations to fit FP16)"
         )
+    there = model.engine == "openvino" and importlib.util.find_spec("openvino") is not None
+    engine = "openvino" if there else "onnxruntime"  # that runs the file here
+    if model.engine == "openvino" and args.max_drop is not None and not there:
+        raise DependencyError(
+            f"--max-drop: openvino, which measures it, is not installed: {how_to_install('openvino')}"
+        )
     int8 = [layer.name for layer in model.candidates]
     if args.precision_plan:
         kept = read_precision_plan(args.precision_plan, model)
         int8 = [name for name in int8 if name not in kept]
-    validation = None
-    if args.max_drop is not None:
-        sisms = sism_folder(args.validation, BUILTIN if args.sisms == BUILTIN else None)
-        validation = find_dataset(args.validation, sisms or BUILTIN)
+    validation: Dataset | None = None
+    if args.validation is not None:
+        sisms = sism_folder(args.validation, BUILTIN if args.sisms == BUILTIN else None) or BUILTIN
+        validation = find_dataset(args.validation, sisms, scored=args.max_drop is not None)
     with ExitStack() as files:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         progress = files.enter_context(Progress(*columns, console=console, disable=not console.is_terminal))
@@ -109,10 +130,10 @@ def run(args: argparse.Namespace) -> int:
             )
         ranges = _ranges(args, model, groups, progress)
         plan: PrecisionPlan | None = None
-        if validation is not None:
+        if args.max_drop is not None and validation is not None:
             if model.engine == "tensorrt":
                 console.print("icnet calibrate: --max-drop is measured by ONNX Runtime on the CPU, for TensorRT too")
-            score, steps = scorer(validation, args.threads, model.engine), len(int8) + 2 + len(CURVE)
+            score, steps = scorer(validation, args.threads, engine), len(int8) + 2 + len(CURVE)
             bar = progress.add_task("searching", total=steps)
 
             def tracked(candidate: Path | onnx.ModelProto, what: str) -> Metrics:
@@ -125,11 +146,35 @@ def run(args: argparse.Namespace) -> int:
             int8 = [name for name in int8 if name not in plan.found.float_layers]
         quantised = model.quantised(ranges, int8)
         share = int8_share(quantised)
+        agreement = _agreement(args, quantised, engine, validation or groups, progress)
         _describe(quantised, args, model, groups, int8, share)
         save_model(quantised, output)
         if plan is not None:
             _write_plan(args, model, plan, files)
-    return _report(args, model, plan, share)
+    code = _report(args, model, plan, share)
+    which = f"{agreement.images} images{'' if validation else ', which it was calibrated on'}"
+    print(f"{agreement.models[1].describe(agreement.models[0], which)}; run by {engine}")
+    if warning := agreement.models[1].warning(agreement.models[0]):
+        console.print(f"icnet calibrate: {warning}", markup=False)
+    return code
+
+
+def _agreement(
+    args: argparse.Namespace,
+    quantised: onnx.ModelProto,
+    engine: str,
+    images: Dataset | CalibrationSet,
+    progress: Progress,
+) -> DatasetAgreement:
+    """How the maps of the file agree with the export's."""
+    if isinstance(images, CalibrationSet):
+        images = Dataset(args.groups, sism_folder(args.groups, args.sisms) or BUILTIN, images.groups, ())
+    reference, name = labels([args.onnx, args.output])
+    models = {
+        reference: partial(opened, args.onnx, args.threads, "onnxruntime"),
+        name: partial(opened, quantised, args.threads, engine),
+    }
+    return compare(images, models, progress)[0]
 
 
 def _ranges(args: argparse.Namespace, model: ExportedModel, groups: CalibrationSet, progress: Progress) -> Ranges:
@@ -225,7 +270,7 @@ def _report(args: argparse.Namespace, model: ExportedModel, plan: PrecisionPlan 
 
 
 def _check(args: argparse.Namespace) -> None:
-    if (args.max_drop is None) != (args.validation is None):
+    if args.max_drop is not None and args.validation is None:
         raise InputError("--max-drop and --validation go together: the drop is that of the scores on a data set")
     if args.max_drop is not None and args.precision_plan:
         raise InputError("--max-drop makes a precision plan, --precision-plan applies one: give one or the other")

@@ -7,7 +7,8 @@ in int8 drops by at most `max_drop`. Then each of them goes back to int8 if the 
 
 import json
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,21 +66,28 @@ class PrecisionPlan:
     curve: tuple[Point, ...]
 
 
+@contextmanager
+def opened(model: Path | onnx.ModelProto, threads: int | None, engine: str) -> Iterator[Predictor]:
+    """An ONNX model in a Predictor: run by OpenVINO for "openvino", else by ONNX Runtime."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = model if isinstance(model, Path) else Path(folder) / "icnet.onnx"
+        if engine == "openvino":
+            from export.to_openvino import convert
+
+            path = Path(folder) / "icnet.xml"
+            convert(load_model(model) if isinstance(model, Path) else model, path, path.with_suffix(".bin"))
+        elif not isinstance(model, Path):
+            onnx.save(model, path)
+        with Predictor(path, threads=threads) as predictor:
+            yield predictor
+
+
 def scorer(dataset: Dataset, threads: int | None = None, engine: str = "onnxruntime") -> Score:
-    """A function that scores a model on a data set: run by OpenVINO for "openvino", else by ONNX Runtime."""
+    """A function that scores a model on a data set, run as by `opened`."""
 
     def score(model: Path | onnx.ModelProto, what: str) -> Metrics:
-        with tempfile.TemporaryDirectory() as folder:
-            path = model if isinstance(model, Path) else Path(folder) / "icnet.onnx"
-            if engine == "openvino":
-                from export.to_openvino import convert
-
-                path = Path(folder) / "icnet.xml"
-                convert(load_model(model) if isinstance(model, Path) else model, path, path.with_suffix(".bin"))
-            elif not isinstance(model, Path):
-                onnx.save(model, path)
-            with Predictor(path, threads=threads) as predictor:
-                return evaluate(dataset, predictor.predict_groups(dataset.inputs()))
+        with opened(model, threads, engine) as predictor:
+            return evaluate(dataset, predictor.predict_groups(dataset.inputs()))
 
     return score
 

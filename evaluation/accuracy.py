@@ -2,7 +2,8 @@
 
 The scores are MAE, max F-measure, S-measure and max E-measure (metrics.py), with the SISMs as the baseline. Maps are
 scored with 8 bits, at the size of their image, as `icnet predict` writes them. With --corrupt-sisms or --bank-sizes,
-groups made by cut and paste take the place of data sets.
+groups made by cut and paste take the place of data sets. With --reference, models are compared with one of them, on
+photographs without ground truths (agreement.py).
 """
 
 import argparse
@@ -22,27 +23,28 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from evaluation import bank_sizes, corrupted_sisms
+from evaluation import agreement, bank_sizes, corrupted_sisms
 from evaluation.dataset import BUILTIN, Dataset, Maps, evaluate, find_dataset
 from evaluation.metrics import BETA2, TITLES, Metrics
 from evaluation.record import SISMS, labels, recording, versions
 from evaluation.report import EvaluationReport
 from runtime import DependencyError, InputError, Predictor
 from runtime.backends.onnx_session import CPU
-from runtime.commands.detector import add_detector_arguments, speaking
+from runtime.commands.detector import add_detector_arguments, sism_source, speaking
 from runtime.commands.device import add_device_argument, place
 from runtime.commands.options import number, share
 from runtime.commands.predict import engine_of
 from runtime.commands.report import REPORT
 from runtime.detector import Detector
 from runtime.errors import how_to_install, printable
-from runtime.files import bank_files, check_outputs, digest, same_file, write_picture
+from runtime.files import bank_files, bundled, check_outputs, digest, same_file, write_picture
 from training.groups import add_group_arguments, add_material_arguments
 
 PACKAGES = ("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")  # scores depend on them
 PLOTS = {".png", ".pdf", ".svg"}
 PICTURES = {".jpg", ".jpeg", ".png"}
 USAGE = """icnet evaluate DATA [DATA ...] [--models MODEL [MODEL ...]] [options]
+       icnet evaluate PHOTOS [PHOTOS ...] --models MODEL [MODEL ...] --reference MODEL [options]
        icnet evaluate --corrupt-sisms [SHARE ...] --cutouts DIR --backgrounds DIR --models MODEL [MODEL ...] [options]
        icnet evaluate --bank-sizes [N ...] --cutouts DIR --backgrounds DIR --models NAME.onnx [options]"""
 
@@ -120,6 +122,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("data", type=Path, nargs="*", metavar="DATA", help="a data set with img/GROUP/, gt/GROUP/ and sism/GROUP/")
     models = "exported models and engines; on data sets also folders of ready maps GROUP/NAME.png (several data sets: "
     add("-m", "--models", type=Path, nargs="+", default=[], metavar="MODEL", help=f"{models}DATA/GROUP/NAME.png)")
+    reference = "compare the other models' maps with this one's, without ground truths; DATA is as for icnet predict"
+    add("-r", "--reference", type=Path, metavar="MODEL", help=reference)
     sisms = "folder with GROUP/NAME.png (several data sets: DATA/GROUP/NAME.png); default: sism in each data set; or "
     add("-s", "--sisms", metavar="DIR", help=f"{sisms}'{BUILTIN}': OpenCV's static saliency, a weak stand-in")
     add_detector_arguments(add)
@@ -130,6 +134,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--report", type=Path, metavar="DIR", help="pages to look at and to mail, DIR/report.html: the worst maps first"
     )
     add("--plot", type=Path, metavar="PNG", help="draw the curves: precision over recall, or max F and MAE")
+    shown = "with --reference: the images that agree least; with --bank-sizes: the largest bank at work on one group"
+    add("--picture", type=Path, metavar="JPG", help=shown)
     modes = parser.add_argument_group(
         "groups made by cut and paste, in place of DATA", "needs --cutouts, --backgrounds and --models"
     )
@@ -143,7 +149,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_group_arguments(modes.add_argument)
     add = parser.add_argument_group("with --bank-sizes, where --images is not used").add_argument
     add("--new", type=number(), default=10, metavar="N", help="new images per group (default 10)")
-    add("--picture", type=Path, metavar="JPG", help="show the largest bank at work on one group")
     add("--show", metavar="CLASS", help="the class in the picture (default: that of the first group)")
 
 
@@ -169,6 +174,10 @@ def run(args: argparse.Namespace) -> int:
     if args.picture:
         others[args.picture] = lambda path: write_picture(path, picture.save, quality=90)
     with recording(record, args.output, inputs=_inputs(datasets, args), others=others) as progress:
+        if args.reference is not None:
+            agreed, picture = measure_agreement(datasets, args, progress)
+            record |= asdict(agreed)
+            return 0
         if args.corrupt_sisms is not None:
             results = corrupted_sisms.measure(args, progress)
         elif args.bank_sizes is not None:
@@ -190,25 +199,75 @@ def measure(
         for _ in progress.track(dataset.check(), len(dataset.groups), description=f"reading {escape(dataset.name)}"):
             pass
     results = Results(BETA2, [])
+
+    def one(dataset: Dataset, detector: Detector | None) -> None:
+        results.datasets.append(_measure_one(dataset, detector, args, progress, report))
+        progress.console.print(results.datasets[-1].table())
+
+    _with_sisms(datasets, args, progress, one)
+    return results
+
+
+def measure_agreement(
+    datasets: list[Dataset], args: argparse.Namespace, progress: Progress
+) -> tuple[agreement.Results, Image.Image]:
+    """Compare every model with the reference on every data set, and print a line for each; with the sheet."""
+    models = _models(args)
+    names = labels(models)
+    files = {name: {"path": str(path), "sha256": digest(path)} for name, path in zip(names, models, strict=True)}
+    opens = {name: partial(_predictor, path, args) for name, path in zip(names, models, strict=True)}
+    results = agreement.Results(names[0], files, [])
+    shown: list[agreement.Shown] = []
+
+    def one(dataset: Dataset, _: Detector | None) -> None:
+        found, worst = agreement.compare(dataset, opens, progress)
+        results.datasets.append(found)
+        shown.extend(worst)
+        for row in found.models[1:]:
+            which = f"{found.images} images of {found.name}"
+            for line in filter(None, (row.describe(found.models[0], which), row.warning(found.models[0]))):
+                progress.console.print(line, markup=False, soft_wrap=True, highlight=False)
+
+    _with_sisms(datasets, args, progress, one)
+    return results, agreement.picture(shown, names[0])
+
+
+def _with_sisms(
+    datasets: list[Dataset],
+    args: argparse.Namespace,
+    progress: Progress,
+    one: Callable[[Dataset, Detector | None], None],
+) -> None:
+    """Call `one` for every data set and what made its SISMs; a detector makes those that are to come from it."""
     with ExitStack() as opened:
         detector: Detector | None = None
-        if args.sism_model is not None and args.sism_model != BUILTIN:
+        if (path := _detector_file(datasets, args)) is not None:
             opened.enter_context(speaking(progress.console, "icnet evaluate"))
             options = {"normalise": args.sism_normalise, "minmax": args.sism_minmax}
-            path = Path(args.sism_model)
             detector = Detector(path, args.threads, place(args.device, path).get("providers", (CPU,)), **options)
             opened.callback(detector.close)
         for dataset in datasets:
+            if detector is None or dataset.sisms is not None:
+                one(dataset, None)
+                continue
             with TemporaryDirectory() as folder:  # every model gets the SISMs that are scored
-                if detector is not None:
-                    text = f"{escape(dataset.name)}, detector"
-                    steps = dataset.detect(detector, Path(folder))
-                    for _ in progress.track(steps, len(dataset.groups), description=text):
-                        pass
-                    dataset = find_dataset(dataset.path, Path(folder))
-                results.datasets.append(_measure_one(dataset, detector, args, progress, report))
-            progress.console.print(results.datasets[-1].table())
-    return results
+                text = f"{escape(dataset.name)}, detector"
+                steps = dataset.detect(detector, Path(folder))
+                for _ in progress.track(steps, len(dataset.groups), description=text):
+                    pass
+                one(dataset.with_sisms(Path(folder)), detector)
+
+
+def _detector_file(datasets: list[Dataset], args: argparse.Namespace) -> Path | None:
+    """The detector's file, if one is named, or --reference needs the one that comes with this package."""
+    if args.sism_model not in (None, BUILTIN):
+        return Path(args.sism_model)
+    needed = args.reference is not None and any(dataset.sisms is None for dataset in datasets)
+    return bundled("detector.onnx") if needed else None
+
+
+def _predictor(model: Path, args: argparse.Namespace) -> Predictor:
+    return Predictor(model, threads=args.threads, **place(args.device, model))
 
 
 def _measure_one(
@@ -240,7 +299,7 @@ def _measure_one(
         if model.is_dir():
             score(label, str(model), dataset.read(dataset.maps_in(_folder_of(dataset.path, model, args))))
         else:
-            with Predictor(model, threads=args.threads, **place(args.device, model)) as predictor:
+            with _predictor(model, args) as predictor:
                 score(label, str(model), predictor.predict_groups(dataset.inputs()), digest(model))
     if report is not None:
         report.finish(dataset.name, metrics)
@@ -248,6 +307,8 @@ def _measure_one(
 
 
 def _find_datasets(args: argparse.Namespace) -> list[Dataset]:
+    if args.reference is not None:
+        return [find_dataset(path, _sisms_of_photographs(path, args), scored=False) for path in args.data]
     datasets = [find_dataset(path, _sisms(path, args)) for path in args.data]
     for dataset in datasets:
         for model in args.models:
@@ -274,6 +335,13 @@ def _sisms(path: Path, args: argparse.Namespace) -> Path | str | None:
     )
 
 
+def _sisms_of_photographs(path: Path, args: argparse.Namespace) -> Path | str | None:
+    """Where SISMs are, as for `icnet predict`; None if a detector makes them."""
+    named = args.sisms if args.sisms in (None, BUILTIN) else str(_folder_of(path, Path(args.sisms), args))
+    folder, maker = sism_source(path, named, args.sism_model)
+    return folder or (BUILTIN if maker == BUILTIN else None)
+
+
 def _folder_of(path: Path, folder: Path, args: argparse.Namespace) -> Path:
     """The part of a folder of maps or SISMs that belongs to a data set."""
     part = folder / path.absolute().name
@@ -296,14 +364,18 @@ def _check_options(args: argparse.Namespace) -> None:
         raise InputError("--cutouts and --backgrounds go with --corrupt-sisms or --bank-sizes, not with DATA")
     if made and args.report:
         raise InputError("--report shows the maps of data sets: give DATA")
-    if args.bank_sizes is None and (args.picture or args.show):
-        raise InputError("--picture and --show go with --bank-sizes")
+    if args.reference is not None and (made or args.plot or args.report):
+        raise InputError("--reference compares models on DATA, without curves: no cut and paste, --plot or --report")
+    if args.bank_sizes is None and (args.show or (args.picture and args.reference is None)):
+        raise InputError("--picture goes with --bank-sizes or --reference, --show with --bank-sizes")
     if args.bank_sizes is not None and len(args.models) > 1:
         raise InputError("--bank-sizes takes one model: a bank export")
 
 
 def _models(args: argparse.Namespace) -> list[Path]:
     """The files and folders that --models stands for."""
+    if args.reference is not None:  # the reference first, whether it is named among the others or not
+        return [args.reference, *(model for model in args.models if not same_file(model, args.reference))]
     return args.models if args.bank_sizes is None else [*bank_files(args.models[0])]
 
 
@@ -311,7 +383,8 @@ def _inputs(datasets: list[Dataset], args: argparse.Namespace) -> list[Path | No
     """Everything that is read."""
     sisms = [Path(dataset.sisms) for dataset in datasets if dataset.sisms is not None]
     sisms += [] if args.sism_model in (None, BUILTIN) else [Path(args.sism_model)]
-    folders = [dataset.path / kind for dataset in datasets for kind in ("img", "gt")]
+    kinds = ("img", "gt") if args.reference is None else ("",)
+    folders = [dataset.path / kind for dataset in datasets for kind in kinds]
     return [*_models(args), *folders, *sisms, args.cutouts, args.backgrounds]
 
 
@@ -324,6 +397,11 @@ def _check_paths(args: argparse.Namespace) -> None:
         for one, other in combinations(paths, 2):
             if same_file(one, other):
                 raise InputError(f"{other}: the same {what.split(' file')[0]} twice; name each once")
+    if args.reference is not None:
+        if folders := [model for model in _models(args) if model.is_dir()]:
+            raise InputError(f"{folders[0]}: a folder of maps; --reference compares model files")
+        if len(_models(args)) < 2:
+            raise InputError("--reference: name the models to compare with it with --models")
     outputs = {"--output": args.output, "--plot": args.plot, "--picture": args.picture}
     named = {option: path for option, path in outputs.items() if path}
     for option, suffixes in {"--plot": PLOTS, "--picture": PICTURES}.items():

@@ -5,9 +5,10 @@ DATA/img/GROUP/NAME.jpg, DATA/gt/GROUP/NAME.png, DATA/sism/GROUP/NAME.png
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,8 @@ Follow = Callable[[int, Maps, Sequence[Scores]], object]
 class Dataset:
     """A data set in the paper's layout.
 
-    sisms is the folder of the SISMs, "builtin", or None if there are none; ground_truths has the files of each group.
+    sisms is the folder of the SISMs, "builtin", or None if there are none; ground_truths has the files of each group,
+    or is empty if nothing is to be scored.
     """
 
     path: Path
@@ -85,6 +87,15 @@ class Dataset:
                 workers.run([partial(save, *one) for one in zip(files, seen, maps, strict=True)])
                 yield
 
+    def with_sisms(self, folder: Path) -> Self:
+        """The same images with the SISMs in `folder`, which has GROUP/NAME.png.
+
+        Raises:
+            InputError: an image has none.
+        """
+        groups = (replace(g, sisms=matching(g.images, folder / g.name, "SISM")) for g in self.groups)
+        return replace(self, sisms=folder, groups=tuple(groups))
+
     def maps_in(self, folder: Path) -> tuple[tuple[Path, ...], ...]:
         """The map of every image in `folder`, which has GROUP/NAME.png.
 
@@ -119,25 +130,26 @@ class Dataset:
             yield
 
 
-def find_dataset(path: Path, sisms: Path | str | None) -> Dataset:
+def find_dataset(path: Path, sisms: Path | str | None, scored: bool = True) -> Dataset:
     """List a data set; every image has a ground truth, and a SISM if there is a folder of them.
 
     Args:
         path: the data set's folder.
         sisms: the folder of GROUP/NAME.png SISMs; "builtin" for OpenCV's static saliency; None for none.
+        scored: False for whatever `icnet predict` takes, without ground truths.
 
     Raises:
         InputError: a folder or file is missing; the message names it.
     """
     for folder in ("img", "gt"):
-        if path.is_dir() and not (path / folder).is_dir():
+        if scored and path.is_dir() and not (path / folder).is_dir():
             raise InputError(f"{path}: no {folder} folder in it: expected {path / folder}/GROUP/NAME.png")
     groups = find_groups(path, None if sisms is None or sisms == BUILTIN else Path(sisms))
     for group in groups:
         if group.problem is not None:
             raise group.problem
-    ground_truths = tuple(matching(group.images, path / "gt" / group.name, "ground truth") for group in groups)
-    return Dataset(path, sisms, tuple(groups), ground_truths)
+    ground_truths = (matching(g.images, path / "gt" / g.name, "ground truth") for g in groups if scored)
+    return Dataset(path, sisms, tuple(groups), tuple(ground_truths))
 
 
 def evaluate(dataset: Dataset, maps: Iterable[Maps], follow: Follow | None = None) -> Metrics:

@@ -1,5 +1,7 @@
 """`icnet calibrate`: the file that it writes, its groups, and bad input."""
 
+import json
+import re
 import shutil
 
 import onnx
@@ -18,6 +20,8 @@ def test_icnet_calibrate_writes_a_file_that_explains_itself(icnet, narrow, group
     assert code == 0
     assert "3 groups to calibrate on; 8 are enough" in err
     assert "% of the convolutions' operations in int8, entropy" in out
+    assert "icnet.int8.onnx: against icnet.onnx, 6 images, which it was calibrated on: IoU at 0.5 " in out
+    assert "run by onnxruntime" in out
     model = onnx.load(output)
     notes = {p.key: p.value for p in model.metadata_props}
     assert (notes["precision"], notes["rest"], notes["width"]) == ("int8", "fp32", "0.0625")
@@ -50,6 +54,24 @@ def test_bad_groups_are_named_and_skipped_only_if_asked(icnet, narrow, groups, t
     code, _, err = icnet("calibrate", *arguments, "--skip-bad")
     assert code == 2
     assert "none of its 3 groups can be read" in err
+
+
+def test_a_file_that_agrees_poorly_with_its_export_warns(icnet, narrow, groups, validation, tmp_path):
+    """Ranges of a thirtieth of what they were cut nearly everything off."""
+    cache = tmp_path / "ranges.json"
+    arguments = ("--onnx", narrow, "--groups", groups, "--method", "minmax", "--cache", cache)
+    arguments += ("--validation", validation, "--output", tmp_path / "x.onnx")
+    code, out, _ = icnet("calibrate", *arguments)
+    assert code == 0
+    assert "x.onnx: against icnet.onnx, 2 images: IoU" in out
+    content = json.loads(cache.read_text())
+    content["ranges"] = {name: limit / 30 for name, limit in content["ranges"].items()}
+    cache.write_text(json.dumps(content))
+    code, _, err = icnet("calibrate", *arguments)
+    assert code == 0
+    assert re.search(
+        r"icnet calibrate: warning: x\.onnx: of 2 images \d have an IoU below 0\.5 with icnet\.onnx \(v/", err
+    )
 
 
 def test_groups_are_known_by_what_is_in_them(groups, tmp_path):
