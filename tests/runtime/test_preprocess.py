@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from runtime import InputError
+from runtime.grey import note, save_grey
 from runtime.preprocess import image_tensor, restore_map, rgb_image, save_map, sism_tensor, upright_size
 from runtime.threads import Workers
 from tests.helpers import BIRDS
@@ -218,6 +219,20 @@ def test_maps_are_saved_as_png_whatever_the_suffix(tmp_path):
     with Image.open(tmp_path / "map.tmp") as saved:
         assert (saved.format, saved.mode) == ("PNG", "L")
         assert np.array_equal(np.asarray(saved), np.rint(map_ * 255))
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (1, 300), (300, 1), (97, 203)])
+def test_grey_files_hold_the_pixels_and_their_notes(shape, tmp_path):
+    """PNG files of our own making, of noise and of what is flat; Pillow checks their check sums."""
+    for pixels in (np.random.default_rng(0).integers(0, 256, shape, np.uint8), np.full(shape, 255, np.uint8)):
+        save_grey(pixels, tmp_path / "grey.png", {"of": "4×5, naïve → ÿ"})
+        with Image.open(tmp_path / "grey.png") as image:
+            image.verify()
+        with Image.open(tmp_path / "grey.png") as image:
+            assert (image.format, image.mode) == ("PNG", "L")
+            np.testing.assert_array_equal(np.asarray(image), pixels)
+            assert image.text == {"Software": "icnet", "of": "4×5, naïve → ÿ"}
+        assert note(tmp_path / "grey.png", "of") == "4×5, naïve → ÿ"
 
 
 def test_threads_keep_the_order_of_the_calls():
