@@ -57,7 +57,7 @@ clean:
 .venv/demo: EXTRAS := cpu,opencv,export
 .venv/bench: EXTRAS := cpu,openvino,mnn,export,bench
 .venv/test: EXTRAS := cpu,openvino,mnn,opencv,export,evaluate,calibrate,train,triton,ray,ray-serve,test,web-test
-.venv/weights: EXTRAS := cpu,mnn,opencv,export,evaluate,calibrate,train,distil
+.venv/weights: EXTRAS := cpu,openvino,mnn,opencv,export,evaluate,calibrate,train,distil
 
 # An environment of its own: onnxruntime-gpu can't be beside onnxruntime. NVIDIA's tensorrt runs on every card that has
 # compute capability 7.5 or more; TensorRT-RTX, which is on PyPI, takes its place on some of them.

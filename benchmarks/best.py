@@ -171,6 +171,8 @@ def conclusion(results: Latency, entries: dict[str, Entry], folder: Path, data: 
     commands: dict[str, None] = {}
     for group in results["groups"]:
         rows = group["runners"]
+        if not rows:  # too large for the memory
+            continue
         label = min(rows, key=lambda name: rows[name]["median_s"])
         entry, time = entries[label], rows[label]["median_s"]
         gain = f"{rows[FIRST]['median_s'] / time:.2f}" if FIRST in rows else "–"

@@ -15,7 +15,7 @@ from benchmarks.latency import Comparison
 from benchmarks.runners import GPU_RUNNERS, RUNNERS, Died, Runner, inputs
 from calibration.graph import ExportedModel
 from calibration.ranges import collect
-from export.onnx_file import total_flop
+from export.onnx_file import cpu_session, total_flop
 from export.to_onnx import write_onnx
 from runtime import DependencyError
 from tests import simulated_gpu
@@ -181,8 +181,14 @@ def test_int8_and_packed_files_compare_and_are_judged_by_their_precision(
     int8 = rows["int8.onnx"]["mean_difference"]
     assert agrees.pop("int8.onnx") == (int8 <= results["bounds"]["int8"])
     assert agrees == {"ours, ONNX Runtime": True, "packed.onnx": True, "clipped.onnx": False}
-    # The floor has no saturation, which ONNX Runtime's 8-bit kernels have on x86 without VNNI.
-    assert results["bounds"]["fp32"] < int8 < 1.25 * results["bounds"]["int8"]
+    # The floor has no saturation, which ONNX Runtime's 8-bit kernels have on x86 without VNNI: there the maps of these
+    # random weights were 1.08 of the bound away, and computed to the letter 0.25.
+    saturating = "vnni" not in Path("/proc/cpuinfo").read_text()
+    assert results["bounds"]["fp32"] < int8 < (1.25 if saturating else 1) * results["bounds"]["int8"]
+    letter = cpu_session(files[1], files[1].read_bytes(), optimised=False)
+    tensors = dict(zip(("images", "sisms"), inputs(1), strict=True))
+    expected = cpu_session(exported / "icnet.onnx").run(None, tensors)[0]
+    assert np.abs(letter.run(None, tensors)[0] - expected).mean() < results["bounds"]["int8"] / 2
     assert "disagrees: clipped.onnx" in out
 
 

@@ -1,6 +1,8 @@
 """INT8 files for each engine: how they are written, on which engine they are accurate, and what runs them."""
 
+import importlib.util
 import logging
+import sys
 
 import numpy as np
 import onnx
@@ -15,6 +17,7 @@ from export.samples import smooth_group
 from export.to_openvino import build_openvino, convert
 from runtime import ModelError, Predictor
 from runtime.contract import CALIBRATED_FOR, INTERFACES
+from runtime.errors import how_to_install
 from tests.helpers import build_with_tensorrt
 
 
@@ -107,3 +110,23 @@ def test_tensorrt_refuses_a_file_for_cpus_by_its_name(icnet, calibrated, tmp_pat
     code, _, err = icnet("build", "--onnx", path, "--output", tmp_path / "x.engine", "--max", 2)
     assert (code, err.count("\n")) == (2, 1)
     assert "int8.onnx: calibrated for onnxruntime, with uint8 numbers that TensorRT does not take" in err
+
+
+def test_without_openvino_its_files_are_compared_on_onnx_runtime_but_not_searched(
+    icnet, narrow, groups, validation, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        "calibration.calibrate.importlib.util.find_spec", lambda name: None if name == "openvino" else find_spec(name)
+    )
+    arguments = ("--onnx", narrow, "--groups", groups, "--method", "minmax", "--engine", "openvino")
+    arguments += ("--output", tmp_path / "int8.onnx")
+    code, out, _ = icnet("calibrate", *arguments)
+    assert code == 0
+    assert out.endswith("run by onnxruntime\n")
+    (tmp_path / "int8.onnx").unlink()
+    code, out, err = icnet("calibrate", *arguments, "--max-drop", 0.1, "--validation", validation)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "openvino, which measures it, is not installed: " + how_to_install("openvino") in err
+    assert list(tmp_path.iterdir()) == []

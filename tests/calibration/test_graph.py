@@ -48,10 +48,15 @@ def test_every_convolution_but_three_is_int8_and_nothing_else_is_quantised(calib
             continue
         activation, weight = (producers.get(name) for name in node.input[:2])
         if weight is None:
-            float_weights.add(node.input[1].removeprefix("network.").removesuffix(".weight"))
-            assert activation.op_type != "QuantizeLinear"
-            if activation.op_type == "DequantizeLinear":  # the ReLU's, which is one kernel with the convolution before
+            name = node.input[1].removeprefix("network.").removesuffix(".weight")
+            float_weights.add(name)
+            # Q stands behind the ReLU before the last layer, or ONNX Runtime would compute the convolution before it, a
+            # 20th of all operations, in FP32. It moves maps by 8e-5 on average, all of INT8 by 3.5e-3.
+            assert (activation.op_type == "DequantizeLinear") == (name == "refine_1.pred.pred.0")
+            if activation.op_type == "DequantizeLinear":
                 assert producers[producers[activation.input[0]].input[0]].op_type == "Relu"
+            else:
+                assert activation.op_type != "QuantizeLinear"
             continue
         assert (activation.op_type, weight.op_type) == ("DequantizeLinear", "DequantizeLinear")
         kernel = weights[weight.input[0]]
@@ -118,6 +123,11 @@ def test_onnx_runtime_computes_nearly_all_of_it_in_int8(calibrated, tmp_path):
 
 
 def test_layers_that_stay_in_floating_point_read_tensors_as_they_are(calibrated):
+    """But the ReLU of an int8 convolution through Q/DQ: without Q, ONNX Runtime computes that convolution in FP32 too.
+
+    A layer's cost in `--max-drop` is measured like this. In OpenVINO, which does without that Q, it moved the mean |Δ|
+    to FP32's maps by at most 8e-5, of 3e-3 to 5e-3 (four choices of layers; the checkpoint for photographs).
+    """
     model, ranges = calibrated
     names = [layer.name for layer in model.candidates]
     for kept in (["refine_1.cmprs"], ["vgg.vgg.5"], ["refine_2.merge_conv.0"], names[:-1], names):

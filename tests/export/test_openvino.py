@@ -157,9 +157,13 @@ def test_it_is_compiled_for_fp32_unless_the_file_says_bf16(exports, openvino_exp
     assert asked[-1] == "bf16"
 
 
-def test_bf16_keeps_what_leads_to_the_order_of_the_pixels(exports, tmp_path):
+def test_bf16_keeps_what_leads_to_the_order_of_the_pixels(icnet, exports, tmp_path):
     """The marks are those that OpenVINO reads: it writes them again, and from there on its CPU keeps such nodes."""
-    build_openvino(exports, tmp_path / "bf16.xml", "bf16")
+    options = ("--onnx", exports, "--output", tmp_path / "bf16.xml", "--precision", "bf16")
+    code, out, _ = icnet("build", "--backend", "openvino", *options)
+    assert code == 0
+    has = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    assert ("in FP32, as this CPU has no BF16" in out) is not has
     model = openvino.Core().read_model(tmp_path / "bf16.xml")
     openvino.serialize(model, str(tmp_path / "again.xml"))
     marked, others = [], []
@@ -309,6 +313,10 @@ def test_devices(icnet, exports, openvino_exports, tmp_path):
     assert (code, err.count("\n")) == (2, 1)
     assert "--device npu: is for OpenVINO files" in err
     assert icnet(*command("predict", openvino_exports, tmp_path / "out"), "--device", "cpu")[0] == 0
+    for absent in {"gpu", "npu"} - {name.partition(".")[0].lower() for name in openvino.Core().available_devices}:
+        code, _, err = icnet(*command("predict", openvino_exports, tmp_path / "out"), "--device", absent)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"device {absent.upper()}: OpenVINO has no such device here; it has CPU" in err
 
 
 def test_openvino_that_is_not_installed_is_named_with_its_extra(exports, openvino_exports, tmp_path, monkeypatch):
