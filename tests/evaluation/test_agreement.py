@@ -121,6 +121,7 @@ def test_a_model_with_an_image_below_a_half_is_poor():
     ("arguments", "message"),
     [
         (("MODEL", "--plot", "x.png"), "--reference compares models on DATA, without curves"),
+        (("MODEL", "--report", "pages"), "--reference compares models on DATA, without curves"),
         ((), "--reference: name the models to compare with it with --models"),
         (("none.onnx",), "none.onnx: no such model file"),
         (("photos",), "photos: a folder of maps; --reference compares model files"),

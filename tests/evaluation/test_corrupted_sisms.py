@@ -60,7 +60,7 @@ def test_the_same_scores_as_of_a_written_data_set(icnet, options, tmp_path):
         (["--distractors", 3, 1], "--distractors 3 1: expected MIN MAX with MIN ≤ MAX"),
         (["--cutouts", "gone"], "gone: no such folder"),
         (["--sisms", "gone"], "--sisms and --sism-model are of data sets"),
-        (["--show", "ant"], "--picture and --show go with --bank-sizes"),
+        (["--show", "ant"], "--picture goes with --bank-sizes or --reference, --show with --bank-sizes"),
     ],
 )
 def test_bad_options(extra, message, icnet, options, model_file):
