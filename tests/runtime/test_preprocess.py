@@ -223,7 +223,7 @@ def test_maps_are_saved_as_png_whatever_the_suffix(tmp_path):
 
 @pytest.mark.parametrize("shape", [(2, 2), (1, 300), (300, 1), (97, 203)])
 def test_grey_files_hold_the_pixels_and_their_notes(shape, tmp_path):
-    """PNG files of our own making, of noise and of what is flat; Pillow checks their check sums."""
+    """Of noise and of what is flat; the text is not all ASCII."""
     for pixels in (np.random.default_rng(0).integers(0, 256, shape, np.uint8), np.full(shape, 255, np.uint8)):
         save_grey(pixels, tmp_path / "grey.png", {"of": "4×5, naïve → ÿ"})
         with Image.open(tmp_path / "grey.png") as image:
