@@ -29,7 +29,6 @@ from evaluation.metrics import BETA2, TITLES, Metrics
 from evaluation.record import SISMS, labels, recording, versions
 from evaluation.report import EvaluationReport
 from runtime import DependencyError, InputError, Predictor
-from runtime.backends.onnx_session import CPU
 from runtime.commands.detector import add_detector_arguments, sism_source, speaking
 from runtime.commands.device import add_device_argument, place
 from runtime.commands.options import number, share
@@ -244,7 +243,7 @@ def _with_sisms(
         if (path := _detector_file(datasets, args)) is not None:
             opened.enter_context(speaking(progress.console, "icnet evaluate"))
             options = {"normalise": args.sism_normalise, "minmax": args.sism_minmax}
-            detector = Detector(path, args.threads, place(args.device, path).get("providers", (CPU,)), **options)
+            detector = Detector(path, args.threads, **place(args.device, path), **options)
             opened.callback(detector.close)
         for dataset in datasets:
             if detector is None or dataset.sisms is not None:

@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 from export.onnx_file import TAKES
 from export.tensorrt_api import layer_table
-from export.tensorrt_engine import Options, Profile, build_engine, default_profiles, gaps, trtexec_commands
+from export.tensorrt_engine import SIDES, Options, Profile, build_engine, default_profiles, gaps, trtexec_commands
 from runtime.errors import InputError
 
 CPU_BACKENDS = {"openvino": "OpenVINO", "mnn": "MNN"}
@@ -28,7 +28,7 @@ CPU_BACKENDS = {"openvino": "OpenVINO", "mnn": "MNN"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `icnet build`."""
     add = parser.add_argument
-    add("--onnx", type=Path, required=True, help="an exported model")
+    add("--onnx", type=Path, required=True, help="an exported model, or any detector")
     add("-o", "--output", type=Path, required=True, help="the engine to write; OUTPUT.json describes it")
     add("--backend", choices=("tensorrt", *CPU_BACKENDS), default="tensorrt", help="openvino and mnn: for CPUs")
     add("--precision", choices=("fp32", "bf16"), help="openvino: of all that is not INT8 (default fp32)")
@@ -39,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min-bank", type=int, help="smallest bank (default 1)")
     add("--opt-bank", type=int, help="bank size to tune for (default 20)")
     add("--profile", action="append", metavar="MIN:OPT:MAX", help="instead of these three; repeat it for more ranges")
+    add(
+        "--sides", metavar="MIN:OPT:MAX", help=f"detectors for images of any size: heights and widths (default {SIDES})"
+    )
     add("--timing-cache", type=Path, metavar="FILE", help="timings of earlier builds, read and updated (idle in RTX)")
     add("--workspace", type=int, metavar="MIB", help="most scratch memory; default: all of the GPU's")
     add("--version-compatible", action="store_true", help="load in later TensorRTs of the same major version too")
@@ -71,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
         tf32=args.tf32,
         level=args.level,
         bank=_bank(args),
+        sides=_profile("--sides", args.sides) if args.sides else None,
     )
     if args.trtexec:
         commands = trtexec_commands(args.onnx, args.output, profiles, options)
@@ -156,8 +160,12 @@ def _profiles(args: argparse.Namespace) -> list[Profile]:
         return [_range(args.min, args.opt, args.max, 5)]
     if (args.min, args.opt, args.max) != (None, None, None):
         raise InputError("--profile takes the place of --min, --opt and --max: give one or the other")
-    texts = [text.split(":") for text in args.profile]
-    for text in texts:
-        if len(text) != 3 or not all(n.isdecimal() for n in text):
-            raise InputError(f"--profile {':'.join(text)}: expected three group sizes, MIN:OPT:MAX")
-    return [Profile(*map(int, text)) for text in texts]
+    return [_profile("--profile", text) for text in args.profile]
+
+
+def _profile(option: str, text: str) -> Profile:
+    sizes = text.split(":")
+    if len(sizes) != 3 or not all(n.isdecimal() for n in sizes):
+        what = "group sizes" if option == "--profile" else "numbers of pixels"
+        raise InputError(f"{option} {text}: expected three {what}, MIN:OPT:MAX")
+    return Profile(*map(int, sizes))

@@ -31,11 +31,12 @@ from export.onnx_file import cpu_session
 from export.proof import Difference, Result, Subject, check, pooled, table
 from export.trace import provenance_of, trace
 from runtime.contract import CARD, SIZE, TensorSpec
+from runtime.detector_contract import INPUT as ANY_SIZE
+from runtime.detector_contract import OUTPUT
 from runtime.errors import InputError
 from runtime.files import check_outputs, replacing
 
 INPUT = TensorSpec("images", "uint8", ("B", SIZE, SIZE, 3))  # RGB; of the demo detector
-OUTPUT = TensorSpec("sisms", "float32", ("B", "H", "W"))  # in [0, 1]
 
 # 1e-6: the rounding of a sigmoid, of a network with hardly any floor.
 SISMS = Subject("SISMs", "the PyTorch network", "images", 1e-6, 1e-6)
@@ -86,7 +87,7 @@ class Kind:
 
 KINDS = {
     "egnet": Kind(
-        "EGNet", load_egnet, egnet_onnx.half_precision, egnet_onnx.samples, egnet_onnx.INPUT, (0, 1, 2), (3, 70, 90, 3),
+        "EGNet", load_egnet, egnet_onnx.half_precision, egnet_onnx.samples, ANY_SIZE, (0, 1, 2), (3, 70, 90, 3),
         "any batch, height and width",
     ),
     "detector": Kind(

@@ -10,9 +10,6 @@ from torch import nn
 
 from export.egnet import EGNet
 from export.fp16 import TARGET
-from runtime.contract import TensorSpec
-
-INPUT = TensorSpec("images", "uint8", ("B", "H", "W", 3))  # RGB, any height and width
 
 
 def smooth_images(batch: int, height: int, width: int, seed: int) -> NDArray[np.uint8]:

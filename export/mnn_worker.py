@@ -1,8 +1,8 @@
-"""python export/mnn_worker.py FOLDER: MNN's part of `export.to_mnn`.
+"""python export/mnn_worker.py FOLDER OUTPUT: MNN's part of `export.to_mnn`.
 
 It is a process of its own because MNN's converter prints without restraint and crashes on some graphs. FOLDER has
 model.onnx; notes.json, which the file will carry; and calls.npz with an array `NUMBER/TENSOR` for each input of each
-call. The converted model goes to model.mnn, the calls' outputs to outputs.npz, as `NUMBER`.
+call. The converted model goes to model.mnn, what its OUTPUT is for the calls to outputs.npz, as `NUMBER`.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, output_name: str) -> None:
     """Convert the model, then run the calls; ends with exit code 1 and a message if either fails."""
     import _tools  # MNN's converter; its command line would install a package and report to its makers
     import MNN
@@ -40,10 +40,9 @@ def main(folder: Path) -> None:
             np.copyto(tensors[name].getNumpyData(), array)
         if code := interpreter.runSession(session):
             sys.exit(f"MNN's error {code}")
-        (result,) = interpreter.getSessionOutputAll(session).values()
-        outputs[number] = result.getNumpyData().copy()
+        outputs[number] = interpreter.getSessionOutput(session, output_name).getNumpyData().copy()
     np.savez(folder / "outputs.npz", **outputs)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -29,6 +29,7 @@ TAKES = {  # what exports take, for messages
     ExportKind.RAGGED: "any number of groups, for Triton",
     ExportKind.INTRA: "images to SIVs",
     ExportKind.BANKED: "any bank",
+    ExportKind.DETECTOR: "single images",
 }
 VIEWS = {"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Shape", "Size", "Constant"}  # they move no data
 MOVERS = {

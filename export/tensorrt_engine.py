@@ -29,9 +29,9 @@ from runtime.contract import (
     WEIGHTS,
     ExportKind,
     TensorSpec,
-    check_contract,
     foreign,
 )
+from runtime.detector_contract import check_any
 from runtime.errors import DependencyError, InputError, ModelError
 from runtime.files import check_outputs, remove, replacing, write_bytes
 from runtime.tensorrt_library import load_first, log_of
@@ -57,6 +57,9 @@ class Profile:
         return f"{self.min}:{self.opt}:{self.max}"
 
 
+SIDES = Profile(32, 320, 640)  # the last is the largest that `runtime.detector` asks for
+
+
 @dataclass(frozen=True)
 class Options:
     """How to build.
@@ -72,6 +75,8 @@ class Options:
             it costs FP16 and INT8 models nothing, and keeps what leads to RSCF's order in FP32.
         level: the builder's optimisation level, 0 to 5: how long it searches; None for TensorRT's own, 3.
         bank: the bank sizes that the engine of a bank export takes, in every profile.
+        sides: the heights and widths that the engine of a detector takes, in pixels, where its file leaves them open;
+            None for `SIDES`.
     """
 
     workspace: int | None = None
@@ -83,6 +88,7 @@ class Options:
     tf32: bool = False
     level: int | None = None
     bank: Profile | None = None
+    sides: Profile | None = None
 
 
 def default_profiles(largest: int) -> list[Profile]:
@@ -122,7 +128,7 @@ def build_engine(
     """Build an engine, and beside it `output`.json: its provenance, which is not needed to run it.
 
     Args:
-        onnx_path: an exported model of any kind and precision.
+        onnx_path: an exported model of any kind and precision, or any detector (see `runtime.detector_contract`).
         output: the engine to write.
         profiles: at least one.
         options: how to build.
@@ -133,7 +139,7 @@ def build_engine(
 
     Raises:
         InputError: no profile, or an option that this TensorRT does not have.
-        ModelError: the file is not an exported ICNet, TensorRT refuses it, or it can't be built.
+        ModelError: the file is not an exported ICNet or a detector, TensorRT refuses it, or it can't be built.
         OutputError: a file can't be written.
         DependencyError: TensorRT is not installed, or does not start.
         KeyboardInterrupt: the build was stopped. Nothing is written then, nor after any error.
@@ -159,9 +165,10 @@ def build_engine(
                 f"{onnx_path}: calibrated for {made_for}, with uint8 numbers that TensorRT does not take; calibrate it "
                 "with --engine tensorrt"
             ) from error
-        kind, size = _kind_and_size(onnx_path, *api.tensors(network))
+        inputs, outputs = api.tensors(network)
+        kind, size = _kind_and_size(onnx_path, inputs, outputs)
         _check_profiles(onnx_path, size, profiles)
-        _check_bank(onnx_path, api.tensors(network)[0], options)
+        _check_axes(onnx_path, inputs, options)
         if options.tf32 and (narrow := api.narrow_types(network)):
             raise InputError(
                 f"--tf32: {onnx_path} is not an FP32 model ({', '.join(sorted(narrow))}): what it keeps in FP32 leads "
@@ -171,6 +178,8 @@ def build_engine(
         notes = _notes(onnx_path, data)
         if notes and WEIGHTS in notes:
             network.name = ENGINE_NAME + notes[WEIGHTS]  # an engine carries this, and nothing else of ours
+        elif kind is ExportKind.DETECTOR:
+            network.name = onnx_path.stem  # by which its family is known
 
         with ExitStack() as files:
             cache_file = files.enter_context(replacing(options.timing_cache)) if options.timing_cache else None
@@ -227,18 +236,18 @@ def trtexec_commands(
     """
     inputs, size = _onnx_inputs(onnx_path)
     _check_profiles(onnx_path, size, profiles)
-    _check_bank(onnx_path, inputs, options)
+    _check_axes(onnx_path, inputs, options)
     _check_level(options)
     if options.compute_capabilities:
         raise InputError("--compute-capability: trtexec has no such option, it belongs to TensorRT-RTX")
     arguments = ["trtexec", f"--onnx={onnx_path}", f"--saveEngine={output}", "--skipInference"]
-    if not isinstance(inputs[0].shape[0], int):  # trtexec takes no shapes for a model with fixed ones
+    if not all(spec.is_fixed for spec in inputs):  # trtexec takes no shapes for a model with fixed ones
         for i, profile in enumerate(profiles):
             if len(profiles) > 1:
                 arguments.append(f"--profile={i}")
-            lengths = {spec: _lengths(spec.name, profile, options) for spec in inputs}
+            shapes = {spec.name: _shapes(spec, profile, options) for spec in inputs}
             for k, name in enumerate(asdict(profile)):
-                texts = (f"{spec.name}:{'x'.join(map(str, (n[k], *spec.sizes)))}" for spec, n in lengths.items())
+                texts = (f"{tensor}:{'x'.join(map(str, of_tensor[k]))}" for tensor, of_tensor in shapes.items())
                 arguments.append(f"--{name}Shapes={','.join(texts)}")
     flags = {
         f"--memPoolSize=workspace:{options.workspace}": options.workspace,
@@ -279,7 +288,7 @@ def _kind_and_size(
     """The kind of an exported model, and its fixed group size or None. Raises ModelError for other models."""
     kind = foreign(inputs, outputs)
     if kind is None:
-        interface = check_contract(path, inputs, outputs)
+        interface = check_any(path, inputs, outputs)
         return interface.kind, interface.size
     n = outputs[0].shape[0]
     return kind, n if isinstance(n, int) else None
@@ -291,6 +300,13 @@ def _lengths(name: str, profile: Profile, options: Options) -> list[int]:
     if name == RGBS.name:
         return [n * IMAGE_BYTES for n in sizes]
     return [1, 1, sizes[-1]] if name == SHAPES.name else sizes  # groups: from one of all images to one per image
+
+
+def _shapes(spec: TensorSpec, profile: Profile, options: Options) -> list[tuple[int, ...]]:
+    """The smallest, best and largest shape of an input."""
+    sides = asdict(options.sides or SIDES).values()
+    lengths = zip(_lengths(spec.name, profile, options), sides, strict=True)
+    return [(n, *(d if isinstance(d, int) else side for d in spec.shape[1:])) for n, side in lengths]
 
 
 def _notes(onnx_path: Path, data: bytes) -> dict[str, str] | None:
@@ -309,21 +325,23 @@ def _check_profiles(path: Path, size: int | None, profiles: Sequence[Profile]) -
             )
 
 
-def _check_bank(path: Path, inputs: Sequence[TensorSpec], options: Options) -> None:
+def _check_axes(path: Path, inputs: Sequence[TensorSpec], options: Options) -> None:
+    """Raise InputError for sizes of a bank or of images that are missing, or that the model does not take."""
     takes_bank = any(spec.name == BANK.name for spec in inputs)
     if takes_bank and options.bank is None:
         raise InputError(f"{path}: takes a bank, whose sizes are missing: give --max-bank")
     if options.bank is not None and not takes_bank:
         raise InputError(f"--max-bank: {path} takes no bank; the file for it is NAME.banked.onnx of a bank export")
+    if options.sides is not None and all(spec.is_sized for spec in inputs):
+        raise InputError(f"--sides: {path} takes images of one size; leave it out")
 
 
 def _configure(trt: Any, builder: Any, network: Any, profiles: Sequence[Profile], options: Options) -> Any:
     config = builder.create_builder_config()
     for profile in profiles:
         shapes = builder.create_optimization_profile()
-        for tensor in (network.get_input(i) for i in range(network.num_inputs)):
-            lengths = _lengths(tensor.name, profile, options)
-            shapes.set_shape(tensor.name, *((n, *tuple(tensor.shape)[1:]) for n in lengths))
+        for spec in api.tensors(network)[0]:
+            shapes.set_shape(spec.name, *_shapes(spec, profile, options))
         config.add_optimization_profile(shapes)
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace << 20)

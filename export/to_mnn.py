@@ -25,7 +25,8 @@ from export.cpu_proof import Call, Outputs, check_dynamic, prove, run_onnx, samp
 from export.noise import WINOGRAD, with_noise
 from export.onnx_file import load_model, metadata, read_bytes, tensors
 from runtime import __version__
-from runtime.contract import FILE_DIGEST, Interface, check_contract
+from runtime.contract import FILE_DIGEST, OUTPUTS, Interface
+from runtime.detector_contract import check_any
 from runtime.errors import DependencyError, ModelError, how_to_install, one_line
 from runtime.files import UNSEALED, check_outputs, replacing, seal, write_bytes
 
@@ -36,7 +37,8 @@ def build_mnn(onnx_path: Path, output: Path, progress: Progress | None = None) -
     """Convert an exported model for MNN; the file appears only if it computes the same.
 
     Args:
-        onnx_path: an export of any kind with uint8 inputs and dynamic axes, in FP32.
+        onnx_path: an export of any kind with uint8 inputs and dynamic axes, in FP32; or any detector (see
+            `runtime.detector_contract`).
         output: the .mnn file to write.
         progress: shows the steps; None for silence.
 
@@ -45,7 +47,8 @@ def build_mnn(onnx_path: Path, output: Path, progress: Progress | None = None) -
         and the file's `kind` (see `ExportKind`), and `max` and `mean` of |Δ| between its outputs and ONNX Runtime's.
 
     Raises:
-        ModelError: the file is not an exported ICNet, MNN can't convert or run it, or computes something else.
+        ModelError: the file is not an exported ICNet or a detector, MNN can't convert or run it, or computes something
+            else.
         OutputError: the file can't be written.
         DependencyError: MNN, onnx or onnxruntime is not installed.
     """
@@ -54,25 +57,27 @@ def build_mnn(onnx_path: Path, output: Path, progress: Progress | None = None) -
     check_outputs([output], [onnx_path])
     data = read_bytes(onnx_path)
     model = load_model(onnx_path, data)
-    interface = check_contract(onnx_path, *tensors(model))
+    interface = check_any(onnx_path, *tensors(model))
     _check(onnx_path, model, interface)
     notes = {
         "producer": f"icnet-deploy {__version__}",
         "mnn": importlib.metadata.version("MNN"),
         "onnx": onnx_path.name,
         "onnx_sha256": hashlib.sha256(data).hexdigest(),
+        "graph": model.graph.name,
+        "batch": interface.size,
         "onnx_metadata": metadata(model),
         FILE_DIGEST: UNSEALED,
     }
     progress = progress or Progress(disable=True)
-    calls = sample_calls(interface)
+    calls, name = sample_calls(interface), interface.output.name
     with replacing(output) as temporary:
         bar = progress.add_task("converting", total=3)
-        found = convert(onnx_path, model, temporary, json.dumps(notes), calls)
+        found = convert(onnx_path, model, temporary, json.dumps(notes), calls, name)
         progress.update(bar, advance=1, description="comparing")
-        expected = run_onnx(onnx_path, data, calls)
+        expected = run_onnx(onnx_path, data, calls, name)
         progress.advance(bar)
-        noisy = run_onnx(onnx_path, with_noise(model, WINOGRAD), calls)
+        noisy = run_onnx(onnx_path, with_noise(model, WINOGRAD), calls, name)
         progress.advance(bar)
         difference = prove(output, "MNN", interface, "winograd", found, expected, noisy)
         notes[FILE_DIGEST] = seal(temporary)
@@ -135,8 +140,10 @@ def spell_out(model: Any) -> Any:
     return model
 
 
-def convert(onnx_path: Path, model: Any, output: Path, notes: str, calls: Sequence[Call]) -> Outputs:
-    """Write an .mnn file, unchecked; returns its outputs for the calls.
+def convert(
+    onnx_path: Path, model: Any, output: Path, notes: str, calls: Sequence[Call], name: str = OUTPUTS[0].name
+) -> Outputs:
+    """Write an .mnn file, unchecked; returns what its output `name` is for the calls.
 
     Raises:
         ModelError: MNN can't convert the model, or can't run it; the message names `onnx_path`.
@@ -150,7 +157,7 @@ def convert(onnx_path: Path, model: Any, output: Path, notes: str, calls: Sequen
         np.savez(Path(folder, "calls.npz"), **arrays)  # type: ignore[arg-type]
         # -P: MNN's converter is the top-level module _tools; no folder may shadow it.
         # It writes to the folder: MNN does not tell when the disk is full.
-        command = [sys.executable, "-P", str(WORKER), folder]
+        command = [sys.executable, "-P", str(WORKER), folder, name]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
             lines = [line for line in (done.stdout + "\n" + done.stderr).splitlines() if line.strip()]

@@ -20,7 +20,8 @@ from export.cpu_proof import Call, Outputs, check_dynamic, prove, run_onnx, samp
 from export.noise import DIRECT, with_bf16, with_noise, without_rounding
 from export.onnx_file import load_model, metadata, read_bytes, tensors
 from runtime import __version__
-from runtime.contract import XML_DIGEST, check_contract
+from runtime.contract import XML_DIGEST
+from runtime.detector_contract import check_any
 from runtime.errors import DependencyError, ModelError, how_to_install
 from runtime.files import UNSEALED, check_outputs, digest, replacing, seal, write_bytes
 from runtime.openvino_library import BIN_DIGEST, CPU, NOTES, PRECISION, compiled, has_bf16, reason
@@ -35,7 +36,8 @@ def build_openvino(
     """Convert an exported model for OpenVINO; the files appear only if they compute the same.
 
     Args:
-        onnx_path: an export of any kind with uint8 inputs and dynamic axes, in FP32, or calibrated from such.
+        onnx_path: an export of any kind with uint8 inputs and dynamic axes, in FP32, or calibrated from such; or any
+            detector (see `runtime.detector_contract`).
         output: the .xml file to write; the weights go to the .bin file beside it.
         precision: "fp32" or "bf16", for all that is not INT8. A CPU without BF16 runs either in FP32.
         progress: shows the steps; None for silence.
@@ -46,7 +48,8 @@ def build_openvino(
         its outputs and ONNX Runtime's: of an INT8 file, of the same file without the rounding of activations.
 
     Raises:
-        ModelError: the file is not an exported ICNet, OpenVINO can't convert or run it, or computes something else.
+        ModelError: the file is not an exported ICNet or a detector, OpenVINO can't convert or run it, or computes
+            something else.
         OutputError: a file can't be written.
         DependencyError: OpenVINO, onnx or onnxruntime is not installed.
     """
@@ -60,7 +63,7 @@ def build_openvino(
     check_outputs([output, weights], [onnx_path])
     data = read_bytes(onnx_path)
     model = load_model(onnx_path, data)
-    interface = check_contract(onnx_path, *tensors(model))
+    interface = check_any(onnx_path, *tensors(model))
     check_dynamic(onnx_path, interface)
     int8 = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
     of_onnx = metadata(model)
@@ -77,7 +80,7 @@ def build_openvino(
     }
     progress = progress or Progress(disable=True)
     bar = progress.add_task("converting", total=3)
-    calls = sample_calls(interface)
+    calls, name = sample_calls(interface), interface.output.name
     core = openvino.Core()
     with replacing(output) as xml_file, replacing(weights) as bin_file:
         try:
@@ -86,15 +89,15 @@ def build_openvino(
             raise ModelError(f"{onnx_path}: OpenVINO can't convert it: {reason(error)}") from error
         progress.update(bar, advance=1, description="comparing")
         proved = precision if precision == "fp32" or has_bf16(core) else "fp32"
-        found = _run(core, xml_file, bin_file, proved, calls, onnx_path)
+        found = _run(core, xml_file, bin_file, proved, calls, name, onnx_path)
         progress.advance(bar)
-        expected = run_onnx(onnx_path, without_rounding(model) if int8 else data, calls)
+        expected = run_onnx(onnx_path, without_rounding(model) if int8 else data, calls, name)
         if int8:
-            noisy = run_onnx(onnx_path, data, calls, optimised=False)
+            noisy = run_onnx(onnx_path, data, calls, name, optimised=False)
         elif proved == "bf16":
-            noisy = run_onnx(onnx_path, with_bf16(model), calls, optimised=False)
+            noisy = run_onnx(onnx_path, with_bf16(model), calls, name, optimised=False)
         else:
-            noisy = run_onnx(onnx_path, with_noise(model, DIRECT), calls)
+            noisy = run_onnx(onnx_path, with_noise(model, DIRECT), calls, name)
         progress.advance(bar)
         floor = "int8" if int8 else "direct" if proved == "fp32" else proved
         difference = prove(output, "OpenVINO", interface, floor, found, expected, noisy)
@@ -169,7 +172,9 @@ def _output_names(layers: Any) -> list[str]:
     return [layer.attrib.get("output_names", "") for layer in layers if layer.attrib["type"] == "Result"]
 
 
-def _run(core: Any, xml_file: Path, bin_file: Path, precision: str, calls: Sequence[Call], onnx_path: Path) -> Outputs:
+def _run(
+    core: Any, xml_file: Path, bin_file: Path, precision: str, calls: Sequence[Call], output: str, onnx_path: Path
+) -> Outputs:
     """The outputs of the written files, as a Predictor computes them."""
     model = core.read_model(str(xml_file), str(bin_file))
     request = compiled(core, model, precision, None, CPU, onnx_path).create_infer_request()
@@ -179,5 +184,5 @@ def _run(core: Any, xml_file: Path, bin_file: Path, precision: str, calls: Seque
             request.infer(call)
         except Exception as error:
             raise ModelError(f"{onnx_path}: OpenVINO can't run it: {reason(error)}") from error
-        outputs.append(request.get_output_tensor(0).data.copy())
+        outputs.append(request.get_tensor(output).data.copy())
     return outputs

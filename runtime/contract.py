@@ -3,7 +3,7 @@
 Nothing else is needed to run a model from any builder: no sidecar, no naming convention for files.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -44,6 +44,16 @@ class TensorSpec:
     def sizes(self) -> tuple[int, ...]:
         """The fixed axes after the first."""
         return tuple(d for d in self.shape[1:] if isinstance(d, int))
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether no axis is dynamic."""
+        return self.is_sized and isinstance(self.shape[0], int)
+
+    @property
+    def is_sized(self) -> bool:
+        """Whether no axis but the first is dynamic."""
+        return all(isinstance(d, int) for d in self.shape[1:])
 
     def accepts(self, other: "TensorSpec") -> bool:
         """Whether `other`, read from a model, is this tensor.
@@ -90,6 +100,7 @@ class ExportKind(StrEnum):
     BANKED = "banked"  # images and a bank of SIVs to maps
     FLOAT32 = "float32"  # a group to its maps, with the authors' interface
     RAGGED = "ragged"  # several groups, joined by a server, to their maps
+    DETECTOR = "detector"  # no ICNet: single images to their SISMs (see `runtime.detector_contract`)
 
 
 @dataclass(frozen=True)
@@ -101,12 +112,18 @@ class Interface:
         inputs: as the model has them.
         output: likewise.
         size: the number of images that the model was built for; None if any will do.
+        others: further outputs, which only detectors have.
     """
 
     kind: ExportKind
     inputs: tuple[TensorSpec, ...]
     output: TensorSpec
     size: int | None = None
+    others: tuple[TensorSpec, ...] = ()
+
+
+# Checks a model's inputs and outputs; the path is for messages. It raises ModelError.
+Contract = Callable[[object, Sequence[TensorSpec], Sequence[TensorSpec]], Interface]
 
 
 INTERFACES = (

@@ -1,4 +1,4 @@
-"""A detector of salient objects, which makes the SISM of an image that has none: an ONNX file, an image in, a map out.
+"""A detector of salient objects, which makes the SISM of an image that has none: an image in, a map out.
 
 What can be read from the file is read from it: size, layout, type, batch and output. It does not tell how pixels were
 normalised in training, so that is given, or guessed from the families of detectors below, and said. Whether an output
@@ -12,22 +12,19 @@ import logging
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from runtime.backends.onnx_gpu import Provider
-from runtime.backends.onnx_session import CPU, reason, session_tensors, start_session
-from runtime.backends.opening import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES, MNN_SUFFIX, OPENVINO_SUFFIX
-from runtime.contract import Dim, TensorSpec, check_contract
+from runtime.backends.onnx_session import CPU
+from runtime.detector_contract import FLOATS, INPUT, LARGEST, OUTPUT, candidates, channels_first, fixed, single
+from runtime.detector_engine import open_engine
 from runtime.detector_families import FAMILIES, PRESETS, U2NET, Family, Normalisation, normalisation
-from runtime.errors import ICNetError, InputError, ModelError
-from runtime.files import check_model_file, check_seal
+from runtime.errors import InputError, ModelError
 from runtime.grey import grey_levels
 from runtime.preprocess import (
     BILINEAR,
@@ -38,18 +35,12 @@ from runtime.preprocess import (
     restore_map,
     rgb_image,
 )
-from runtime.threads import native_calls
 
 logger = logging.getLogger(__name__)
 
 MAX_SIDE = 640  # pixels, of an image that a detector of any size sees: EGNet was trained on images of up to 400
 MULTIPLE = 32  # of pixels, of the sides for a network of unknown kind: most halve an image five times
-LARGEST = 8192  # of an axis of fixed size
 CALL_PIXELS = 8 * 320 * 320  # in a call of several images, which bounds its memory
-FLOATS = {"float32": np.float32, "float16": np.float16}
-OTHER_ENGINES = {*ENGINE_SUFFIXES, MNN_SUFFIX, OPENVINO_SUFFIX}
-INPUT = TensorSpec("images", "uint8", ("B", "H", "W", 3))  # of our own exports: RGB
-OUTPUT = TensorSpec("sisms", "float32", ("B", "H", "W"))  # in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -70,14 +61,16 @@ class Undetected:
 
 
 class Detector:
-    """A session of ONNX Runtime on a detector. Safe from several threads; calls take turns, for their memory's sake.
+    """A detector in its engine. Safe from several threads; calls take turns, for their memory's sake.
 
     Args:
-        path: an .onnx file. Its input is one image: [B, 3, H, W] or [B, H, W, 3] of float32, float16 or uint8, any of
-            B, H and W fixed or not. Its map is the first output with a single channel. A file from `icnet export
-            --network egnet` tells all by itself.
-        threads: as for `OnnxBackend`.
+        path: an .onnx file, or an .xml, .mnn or engine file from `icnet build` or another builder. Its input is one
+            image: [B, 3, H, W] or [B, H, W, 3] of float32, float16 or uint8, any of B, H and W fixed or not. Its map is
+            the first output with a single channel. A file from `icnet export --network egnet` tells all by itself.
+        threads: as for `Predictor`.
         providers: likewise.
+        device: likewise; only what the file's engine takes is heeded.
+        allow_host_code: likewise.
         normalise: a name in `PRESETS`; or (mean, std) of pixels in [0, 1], each a number or three; None to guess.
         minmax: whether each map is stretched to 0 … 1; None for what its family does, else not.
         verify: whether a file that has a digest in it is checked.
@@ -89,8 +82,8 @@ class Detector:
 
     Raises:
         ModelError: not a detector, or of unknown normalisation; the message says what to do.
-        InputError: `normalise` is not that.
-        DependencyError: as for `OnnxBackend`.
+        InputError: `normalise` is not that, or the file is an exported ICNet.
+        DependencyError: the engine's packages are not installed, or there is no GPU.
     """
 
     def __init__(
@@ -99,41 +92,55 @@ class Detector:
         threads: int | None = None,
         providers: Sequence[Provider] = (CPU,),
         *,
+        device: int | str | None = None,
+        allow_host_code: bool = False,
         normalise: str | Sequence[object] | None = None,
         minmax: bool | None = None,
         verify: bool = True,
     ) -> None:
         self.path = path
         given = None if normalise is None else normalisation(normalise)
-        _check_file(path, verify)
-        self._session: Any = start_session(path, threads, providers).session  # None: closed
-        self._lock = threading.Lock()
+        self._engine = open_engine(path, threads, providers, device, allow_host_code, verify)
         self._unsaid = threading.Semaphore()  # that an image is too large is said once
-        inputs, outputs = session_tensors(self._session)
-        self._outputs = _candidates(path, inputs, outputs)
-        self._input = inputs[0]
-        own = INPUT.name == self._input.name and self._input.dtype == INPUT.dtype and outputs[0].name == OUTPUT.name
-        self._first = _layout(path, self._input)
-        self._batch = _fixed(self._input.shape[0])
-        self._height, self._width = map(_fixed, self._input.shape[2:] if self._first else self._input.shape[1:3])
-        family, by = self._family(len(self._outputs))
+        try:
+            self.settings = self._understand(given, normalise, minmax)
+        except BaseException:
+            self._engine.close()
+            raise
+        logger.info("%s: %s", path, self.settings)
+
+    def _understand(self, given: Normalisation | None, normalise: object, minmax: bool | None) -> str:
+        """Settle how the network is run; that in words."""
+        interface = self._engine.interface
+        self._outputs = [*self._engine.maps]
+        self._input = interface.inputs[0]
+        names = (self._input.name, interface.output.name)
+        own = self._input.dtype == INPUT.dtype and names == (INPUT.name, OUTPUT.name)
+        self._first = channels_first(self._input)
+        self._batch = interface.size
+        self._height, self._width = map(fixed, self._input.shape[2:] if self._first else self._input.shape[1:3])
+        family, by = self._family(len(candidates(interface)))
         self._normalisation, normalised = self._choose(given, normalise, family)
         self._side = None if family is None or own else family.side
         self._free = self._side is None and not (self._width and self._height)  # to see images of any size
         self._multiple = 1 if own or (family is not None and family.side is None) else MULTIPLE
+        low, high = self._engine.limits or ((1,) * 4, (LARGEST,) * 4)
+        sides = slice(2, 4) if self._first else slice(1, 3)
+        self._most = high[0]  # images in a call
+        self._least_sides = [-(-n // self._multiple) * self._multiple for n in low[sides]]  # height, width
+        self._most_sides = [n // self._multiple * self._multiple for n in high[sides]]
+        self._max_side = min(MAX_SIDE, max(self._most_sides))
         self._minmax = minmax if minmax is not None else family is not None and family.minmax and not own
         self._logits = False
         values = "probabilities" if own else self._try()
-        self.settings = ", ".join(
-            [
-                f"its pixels {normalised}" + (f" (taken for {family.name} by its {by})" if family and not own else ""),
-                f"at {self._size_text()}",
-                *(["one image at a time, as its batch is fixed"] if self._batch == 1 else []),
-                values,
-                *(["maps stretched to 0 … 1"] if self._minmax else []),
-            ]
-        )
-        logger.info("%s: %s", path, self.settings)
+        said = [
+            f"its pixels {normalised}" + (f" (taken for {family.name} by its {by})" if family and not own else ""),
+            f"at {self._size_text()}",
+            *(["one image at a time, as its batch is fixed"] if self._batch == 1 else []),
+            values,
+            *(["maps stretched to 0 … 1"] if self._minmax else []),
+        ]
+        return ", ".join(said)
 
     def look(self, source: ImageSource, name: str = "image") -> Undetected:
         """Decode an image once, for ICNet and for this detector; for a pool of threads.
@@ -147,10 +154,10 @@ class Detector:
         """
         image, name = rgb_image(source, name), name_of(source, name)
         size = self._size_for(*image.size)
-        if self._free and max(image.size) > MAX_SIDE and self._unsaid.acquire(blocking=False):
+        if self._free and max(image.size) > self._max_side and self._unsaid.acquire(blocking=False):
             logger.warning(
                 "%s: %d×%d pixels; images of more than %d on a side are resized to that for the detector",
-                *(name, *image.size, MAX_SIDE),
+                *(name, *image.size, self._max_side),
             )
         seen = np.asarray(image if size == image.size else image.resize(size, BILINEAR))
         return Undetected(resized(image), seen, image.size, name)
@@ -171,16 +178,15 @@ class Detector:
         return maps
 
     def close(self) -> None:
-        """Give the session's memory back, after the call in work."""
-        with self._lock:
-            self._session = None
+        """Give the engine's memory back, after the call in work."""
+        self._engine.close()
 
     def _calls(self, images: Sequence[Undetected]) -> Iterator[list[Undetected]]:
         """Images that follow each other, are of one size and fit into one call."""
         waiting = [*images]
         while waiting:
             shape = waiting[0].seen.shape
-            most = self._batch or max(CALL_PIXELS // (shape[0] * shape[1]), 1)
+            most = self._batch or min(max(CALL_PIXELS // (shape[0] * shape[1]), 1), self._most)
             same = next((i for i, image in enumerate(waiting) if image.seen.shape != shape), len(waiting))
             count = min(same, most)
             yield waiting[:count]
@@ -194,17 +200,8 @@ class Detector:
         if self._first:
             pixels = pixels.transpose(0, 3, 1, 2)
         feed = np.ascontiguousarray(pixels, dtype=FLOATS.get(self._input.dtype, np.uint8))
-        with self._lock, native_calls:
-            if self._session is None:
-                raise ICNetError(f"{self.path}: this Predictor is closed")
-            try:
-                found = self._session.run([*outputs], {self._input.name: feed})
-            except Exception as error:  # ONNX Runtime's exceptions have no common base but Exception
-                height, width = images[0].shape[:2]
-                raise ModelError(
-                    f"{self.path}: the detector failed on images of {width}×{height} pixels: {reason(error)}"
-                ) from error
-        return [_single(array, len(pixels))[: len(images)] for array in found]
+        found = self._engine.run(feed, outputs)
+        return [single(array, len(pixels))[: len(images)] for array in found]
 
     def _map(self, raw: NDArray[np.float32], name: str) -> NDArray[np.float32]:
         low, high = float(raw.min()), float(raw.max())  # NaN is carried through both
@@ -223,23 +220,24 @@ class Detector:
 
     def _size_for(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) at which the detector sees an image of that size."""
-        if self._side is not None:
-            return self._width or self._side, self._height or self._side
-        scale = min(1, MAX_SIDE / max(width, height))
-        free = (max(round(n * scale / self._multiple), 1) * self._multiple for n in (width, height))
-        return tuple(fixed or n for fixed, n in zip((self._width, self._height), free, strict=True))  # type: ignore[return-value]
+        scale = min(1, self._max_side / max(width, height))
+        wanted = (max(round(n * scale / self._multiple), 1) * self._multiple for n in (height, width))
+        within = zip(self._least_sides, wanted, self._most_sides, strict=True)
+        free_height, free_width = (min(max(low, self._side or n), high) for low, n, high in within)
+        return self._width or free_width, self._height or free_height
 
     def _size_text(self) -> str:
         if self._free:
-            return f"their own size, of up to {MAX_SIDE} pixels on a side"
+            least = min(self._least_sides)
+            sides = f"{least} to {self._max_side}" if least > self._multiple else f"up to {self._max_side}"
+            return f"their own size, of {sides} pixels on a side"
         width, height = self._size_for(MAX_SIDE, MAX_SIDE)
         return f"{width}×{height} pixels"
 
     def _family(self, maps: int) -> tuple[Family | None, str]:
         """The family of a file, and by what it was known."""
-        names = f"{self.path.stem} {self._session.get_modelmeta().graph_name}".lower()
         for family in FAMILIES:
-            if re.search(family.pattern, names):
+            if re.search(family.pattern, self._engine.names.lower()):
                 return family, "name"
         # U²-Net: a map of every decoder's stage, and the fused one before them.
         return (U2NET, "seven maps at 320×320") if (maps, self._height, self._width) == (7, 320, 320) else (None, "")
@@ -293,69 +291,3 @@ def finished(image: Undetected, tensor: NDArray[np.float32]) -> NDArray[np.uint8
 def network_sism(sism: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """A SISM from `finished` at the network's size: uint8 [224, 224], as `preprocess.sism_tensor` gives of its file."""
     return resized(Image.fromarray(sism))
-
-
-def _check_file(path: Path, verify: bool) -> None:
-    check_model_file(path)
-    suffix = path.suffix.lower()
-    if suffix in CHECKPOINT_SUFFIXES:
-        onnx = path.with_suffix(".onnx").name
-        raise ModelError(
-            f"{path}: a checkpoint; export it first: icnet export --network egnet --checkpoint {path} --output {onnx}"
-        )
-    if suffix in OTHER_ENGINES:
-        raise ModelError(f"{path}: detectors run in ONNX Runtime; give the ONNX file that this was made from")
-    if verify:
-        check_seal(path)
-
-
-def _candidates(path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> list[str]:
-    """The outputs that may be a map, after the check that there is one input."""
-    if len(inputs) != 1:
-        with suppress(ModelError):
-            check_contract(path, inputs, outputs)
-            raise InputError(f"{path}: ICNet, not a detector: it is for the model (Predictor(MODEL), --model)")
-        found = ", ".join(map(str, inputs)) or "none"
-        raise ModelError(f"{path}: not a detector: it has {len(inputs)} inputs, and a detector one, an image ({found})")
-    names = [spec.name for spec in outputs if _may_be_map(spec)]
-    if not names:
-        raise ModelError(
-            f"{path}: not a detector: no output has a single channel, as a map has ({', '.join(map(str, outputs))})"
-        )
-    return names
-
-
-def _may_be_map(spec: TensorSpec) -> bool:
-    channels = (spec.shape[1], spec.shape[3]) if len(spec.shape) == 4 else (1,)
-    return len(spec.shape) <= 4 and any(n == 1 or not isinstance(n, int) for n in channels)
-
-
-def _layout(path: Path, spec: TensorSpec) -> bool:
-    """Whether the channels of an image come first."""
-    first, last = (spec.shape[1], spec.shape[3]) if len(spec.shape) == 4 else (0, 0)
-    if spec.dtype not in (*FLOATS, "uint8") or not (3 in (first, last) or None in map(_fixed, (first, last))):
-        raise ModelError(
-            f"{path}: not a detector: expected an image, [B, 3, H, W] or [B, H, W, 3] of float32, float16 or uint8, "
-            f"found {spec}"
-        )
-    if any(not 1 <= n <= LARGEST for n in spec.shape if isinstance(n, int)):
-        raise ModelError(f"{path}: {spec}: an axis outside 1 … {LARGEST}")
-    return first == 3 or (last != 3 and _fixed(first) is None)
-
-
-def _fixed(n: Dim) -> int | None:
-    return n if isinstance(n, int) else None
-
-
-def _single(array: Any, n: int) -> NDArray[np.float32]:
-    """Float32 [n, h, w] of an output with one channel for n images; of any other output, [0, h, w]."""
-    if not isinstance(array, np.ndarray):  # ONNX has sequences and dictionaries too
-        return np.empty((0, 1, 1), np.float32)
-    if array.ndim == 4 and 1 in (array.shape[1], array.shape[3]):
-        array = array[:, 0] if array.shape[1] == 1 else array[..., 0]
-    elif array.ndim == 2 and n == 1:
-        array = array[None]
-    if array.ndim != 3 or len(array) != n or min(array.shape) == 0:
-        return np.empty((0, 1, 1), np.float32)
-    maps: NDArray[np.float32] = array.astype(np.float32, copy=False) / np.float32(255 if array.dtype == np.uint8 else 1)
-    return maps

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from runtime.arguments import check_groups, check_pair, check_tensors, images_alone, listed, path_of
 from runtime.backends import Backend
-from runtime.backends.onnx_gpu import Provider, name_of
+from runtime.backends.onnx_gpu import Provider
 from runtime.backends.onnx_session import CPU
-from runtime.backends.opening import ENGINE_SUFFIXES, MNN_SUFFIX, open_backend
+from runtime.backends.opening import open_backend, place
 from runtime.bank import Bank
 from runtime.bank_models import BankModels, differ, most_images
 from runtime.contract import SIZE, ExportKind
@@ -65,8 +65,9 @@ class Predictor:
             `trtexec`, run on a GPU. May be left out if `bank_export` is given.
         bank_export: the files (intra, banked) of a bank export, or what was built from them. Beside a model they run
             the groups that are too large for it.
-        sism_model: makes the SISMs of images that come without: an .onnx file of any detector (see `Detector`); or
-            "builtin", OpenCV's static saliency, a weak stand-in. It runs with the same threads and providers.
+        sism_model: makes the SISMs of images that come without: a file of any detector, for any of these engines (see
+            `Detector`); or "builtin", OpenCV's static saliency, a weak stand-in. It runs with the same threads,
+            providers and device.
         sism_normalise: how its pixels are normalised, if that can't be guessed: a name in
             `detector_families.PRESETS`, "MEAN,STD", or (mean, std).
         sism_minmax: whether its maps are stretched to 0 … 1; None for what its family does.
@@ -167,9 +168,12 @@ class Predictor:
             self.card: str | None = known.card if known else None
             if detects is not None:
                 options: dict[str, Any] = {"normalise": sism_normalise, "minmax": sism_minmax, "verify": verify}
+                options |= {"device": device, "allow_host_code": allow_host_code}
                 self.detector = Detector(detects, threads, providers, **options)
                 opened.callback(self.detector.close)
-                _compare_devices(paths[0], detects, providers)
+                places = [place(path, providers, device) for path in (paths[0], detects)]
+                if places[0] != places[1]:
+                    logger.warning("%s runs on %s, the detector %s on %s", paths[0], places[0], detects, places[1])
             self.pipeline = Pipeline(self.path, workers, self._backend, banks, most, max_delay_ms / 1000, self.detector)
             opened.callback(self.pipeline.close)
             self._opened: ExitStack | None = opened.pop_all()
@@ -409,16 +413,4 @@ def _check_kind(backend: Backend) -> None:
         raise ModelError(
             f"{backend.path}: one of the two files of a bank export; give both: "
             "Predictor(bank_export=(NAME.intra, NAME.banked))"
-        )
-
-
-def _compare_devices(model: Path, detector: Path, providers: Sequence[Provider]) -> None:
-    """Say so if a model runs on the GPU and its detector does not, or the other way round."""
-    detector_on_gpu = name_of(providers[0]) != CPU
-    model_on_gpu = {MNN_SUFFIX: False}.get(model.suffix.lower(), model.suffix.lower() in ENGINE_SUFFIXES)
-    if model.suffix.lower() != ".onnx" and model_on_gpu != detector_on_gpu:
-        places = ("the CPU", "the GPU")
-        logger.warning(
-            "%s runs on %s, the detector %s on %s; providers (--device) say where a detector runs",
-            *(model, places[model_on_gpu], detector, places[detector_on_gpu]),
         )

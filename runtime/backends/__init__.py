@@ -25,6 +25,7 @@ class Backend(Protocol):
     """An engine with a model that follows the contract. Safe from several threads."""
 
     path: Path
+    name: str  # what the file says that it, or the file that it was made from, is called
     interface: Interface
     slots: int  # calls that are worth having in work at once
     largest: int | None  # images that one call takes; None for any number

@@ -1,10 +1,10 @@
-"""A TensorRT engine's file: read, checked, deserialised; the group sizes that it takes; the kernels compiled for it."""
+"""A TensorRT engine's file: read, checked, deserialised; the sizes that it takes; its contexts and kernels."""
 
 import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,24 @@ from typing import Any
 import numpy as np
 
 from runtime.backends.cuda_driver import unfit
-from runtime.contract import ENGINE_NAME, ExportKind, Interface, TensorSpec, card_of, check_contract
+from runtime.contract import ENGINE_NAME, Contract, ExportKind, Interface, TensorSpec, card_of
 from runtime.errors import DependencyError, ModelError, OutputError
 from runtime.files import check_model_file, replacing
 from runtime.tensorrt_library import NAMES, Log, load, log_of, not_installed
 
 logger = logging.getLogger(__name__)
 
-Range = tuple[int, int, int]  # the smallest, the best and the largest length of a tensor's first axis
+Shape = tuple[int, ...]
+Range = tuple[Shape, Shape, Shape]  # the smallest, the best and the largest shape of a tensor
 Profile = tuple[Range, ...]  # of each input
-Lengths = tuple[int, ...]  # likewise, those of a call
+Shapes = tuple[Shape, ...]  # likewise, those of a call
 
 
 class Profiles:
     """What an engine takes.
 
     Args:
-        ranges: per profile, what each input takes; a fixed axis is a range of one.
+        ranges: per profile, what each input takes; a fixed shape is a range of one.
         images: the number of inputs whose length is the number of images; a bank comes after them.
     """
 
@@ -36,21 +37,31 @@ class Profiles:
         self.ranges = list(ranges)
         inputs = [profile[:images] for profile in ranges]
         # Of each profile, the smallest and the largest number of images.
-        self.groups = [(max(low for low, _, _ in each), min(high for _, _, high in each)) for each in inputs]
-        self.banks = [(profile[-1][0], profile[-1][2]) for profile in ranges]
-        self.longest = [max(high for _, _, high in each) for each in zip(*ranges, strict=True)]  # of each input
-        self._found: dict[Lengths, int | None] = {}
+        self.groups = [(max(low[0] for low, _, _ in each), min(high[0] for _, _, high in each)) for each in inputs]
+        self.banks = [(profile[-1][0][0], profile[-1][2][0]) for profile in ranges]
+        # Of each input, the smallest and the largest length of every axis in any profile.
+        self.smallest = [_axes(min, [low for low, _, _ in each]) for each in zip(*ranges, strict=True)]
+        self.largest = [_axes(max, [high for _, _, high in each]) for each in zip(*ranges, strict=True)]
+        self._found: dict[Shapes, int | None] = {}
 
-    def index(self, lengths: Lengths) -> int | None:
+    def index(self, shapes: Shapes) -> int | None:
         """The number of the profile that fits a call most closely; None if none does."""
-        if lengths not in self._found:
+        if shapes not in self._found:
             fitting = [
                 ([high for _, _, high in profile], index)
                 for index, profile in enumerate(self.ranges)
-                if all(low <= length <= high for (low, _, high), length in zip(profile, lengths, strict=True))
+                if all(_within(shape, low, high) for (low, _, high), shape in zip(profile, shapes, strict=True))
             ]
-            self._found[lengths] = min(fitting)[1] if fitting else None
-        return self._found[lengths]
+            self._found[shapes] = min(fitting)[1] if fitting else None
+        return self._found[shapes]
+
+
+def _axes(extreme: Callable[[Iterable[int]], int], shapes: Sequence[Shape]) -> Shape:
+    return tuple(extreme(lengths) for lengths in zip(*shapes, strict=True))
+
+
+def _within(shape: Shape, low: Shape, high: Shape) -> bool:
+    return len(shape) == len(low) and all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True))
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,8 @@ class LoadedEngine:
         engine: TensorRT's own object.
         interface: its tensors.
         profiles: what it takes.
-        weights_digest: of the network's weights, if the engine tells.
+        name: the engine's.
+        weights_digest: of the network's weights, if the name tells.
     """
 
     trt: Any
@@ -71,30 +83,32 @@ class LoadedEngine:
     engine: Any
     interface: Interface
     profiles: Profiles
+    name: str
     weights_digest: str | None
 
 
-def load_engine(path: Path, content: bytes, allow_host_code: bool) -> LoadedEngine:
+def load_engine(path: Path, content: bytes, allow_host_code: bool, contract: Contract) -> LoadedEngine:
     """Deserialise an engine, with the GPU's context current.
 
     Args:
         path: its file, for messages.
         content: from `read_engine`.
         allow_host_code: load an engine that brings code for the CPU, as those of `--version-compatible` do.
+        contract: what its tensors must be.
 
     Raises:
-        ModelError: not an engine of an exported ICNet, or of another TensorRT or GPU, or one with code that is not
-            allowed.
+        ModelError: not an engine, or of another TensorRT or GPU, or one with code that is not allowed, or not what
+            `contract` asks for.
         DependencyError: TensorRT is not installed, or broken.
     """
     trt, log, engine = _deserialise(path, content, allow_host_code)
     specs = _specs(trt, engine)
     inputs = [spec for spec, is_input in specs if is_input]
-    interface = check_contract(path, inputs, [spec for spec, is_input in specs if not is_input])
+    interface = contract(path, inputs, [spec for spec, is_input in specs if not is_input])
     images = len(interface.inputs) - (interface.kind is ExportKind.BANKED)
     name = str(getattr(engine, "name", ""))
     weights = name.removeprefix(ENGINE_NAME) if name.startswith(ENGINE_NAME) else None
-    return LoadedEngine(trt, log, engine, interface, Profiles(_ranges(engine, interface), images), weights)
+    return LoadedEngine(trt, log, engine, interface, Profiles(_ranges(engine, interface), images), name, weights)
 
 
 def read_engine(path: Path) -> tuple[bytes, str | None]:
@@ -172,14 +186,14 @@ def _specs(trt: Any, engine: Any) -> list[tuple[TensorSpec, bool]]:
 
 
 def _ranges(engine: Any, interface: Interface) -> list[Profile]:
-    def lengths(spec: TensorSpec, index: int) -> Range:
-        if isinstance(spec.shape[0], int):
-            return (spec.shape[0],) * 3
-        low, best, high = (int(shape[0]) for shape in engine.get_tensor_profile_shape(spec.name, index))
+    def shapes(spec: TensorSpec, index: int) -> Range:
+        if spec.is_fixed:
+            return ((*(n for n in spec.shape if isinstance(n, int)),),) * 3
+        low, best, high = (tuple(map(int, shape)) for shape in engine.get_tensor_profile_shape(spec.name, index))
         return low, best, high
 
-    count = engine.num_optimization_profiles if any(not isinstance(s.shape[0], int) for s in interface.inputs) else 1
-    return [tuple(lengths(spec, index) for spec in interface.inputs) for index in range(count)]
+    count = 1 if all(spec.is_fixed for spec in interface.inputs) else engine.num_optimization_profiles
+    return [tuple(shapes(spec, index) for spec in interface.inputs) for index in range(count)]
 
 
 class KernelCache:
@@ -215,3 +229,48 @@ class KernelCache:
             self._saved = content
         except OutputError as error:
             logger.info("compiled kernels are not kept: %s", error)
+
+
+class Contexts:
+    """Makes the execution contexts of an engine, with what they share."""
+
+    def __init__(self, path: Path, loaded: LoadedEngine, use_graphs: bool, eager_kernels: bool) -> None:
+        self.path, self.loaded = path, loaded
+        self.captures_itself = hasattr(loaded.trt, "CudaGraphStrategy")  # TensorRT-RTX does, for any shape
+        self._use_graphs, self._eager = use_graphs, eager_kernels
+        self.scratch_size = max(int(loaded.engine.device_memory_size_v2), 1)
+        self._kernels = KernelCache(path, loaded.engine) if self.captures_itself else None
+
+    def make(self, scratch: Any) -> Any:
+        """An execution context on device memory of `scratch_size`."""
+        trt, engine = self.loaded.trt, self.loaded.engine
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        with self.loaded.log.listening() as heard:
+            if self._kernels is not None:
+                config = engine.create_runtime_config()
+                config.set_execution_context_allocation_strategy(strategy)
+                config.set_runtime_cache(self._kernels.cache)
+                if self._use_graphs:
+                    config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+                if self._eager:
+                    eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+                    config.dynamic_shapes_kernel_specialization_strategy = eager
+                context = engine.create_execution_context(config)
+            else:
+                context = engine.create_execution_context(strategy)
+            if context is None:
+                raise ModelError(
+                    f"{self.path}: TensorRT could not create an execution context; it may be out of device memory: "
+                    f"use fewer slots, or build the engine for smaller groups ({heard.last_error})"
+                )
+        context.set_device_memory(int(scratch), self.scratch_size)
+        return context
+
+    def save_kernels(self) -> None:
+        """Keep the kernels that were compiled."""
+        if self._kernels is not None:
+            self._kernels.save()
+
+    def close(self) -> None:
+        """Drop the engine, which goes with the last context."""
+        del self.loaded

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from runtime.backends import check_sizes
 from runtime.backends.onnx import Finished
-from runtime.contract import SIZE, WEIGHTS, ExportKind, TensorSpec, card_of, check_contract
+from runtime.contract import SIZE, WEIGHTS, Contract, ExportKind, TensorSpec, card_of, check_contract
 from runtime.errors import DependencyError, ICNetError, ModelError, how_to_install, one_line
 from runtime.files import check_model_file, utf8_name
 from runtime.threads import cores, native_calls
@@ -32,6 +33,7 @@ OUT_OF_MEMORY = 1  # MNN's ErrorCode
 # tensors are refine_1's joined features and Co4's correlation maps.
 MAX_BYTES = 2**31 - 1
 FEATURES, PADDED = 96, 16  # channels at width 1, at 224×224 pixels; to a multiple of which MNN may pad them
+PROBED = 64  # side of an image, in pixels, while a file that takes any is opened
 PAIR_BYTES = 4 * 2 * 28 * 28  # of one image with one image of its group, or of the bank: two maps
 
 
@@ -41,15 +43,16 @@ class MnnBackend:
     Args:
         path: an .mnn file that follows the contract.
         threads: CPU threads for one call; None for one per CPU that this process may use.
+        contract: what its tensors must be; of another network than ICNet, another check.
 
     Raises:
-        ModelError: not an MNN file, or not an exported ICNet.
+        ModelError: not an MNN file, or not what `contract` asks for.
         DependencyError: MNN is not installed.
     """
 
     slots = 1  # groups at once that one caller can have in work
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(self, path: Path, threads: int | None = None, contract: Contract = check_contract) -> None:
         self.path = path
         check_model_file(path)
         with _silence(), native_calls:
@@ -69,18 +72,22 @@ class MnnBackend:
         config = {"backend": "CPU", "numThread": threads or cores(), "precision": "normal"}
         try:
             self._session = self._interpreter.createSession(config)
-            inputs = _specs(self._interpreter.getSessionInputAll(self._session))
-            outputs = _specs(self._interpreter.getSessionOutputAll(self._session))
+            inputs, outputs = self._tensors()
         except Exception as error:
             raise ModelError(f"{self.path}: not a model that this MNN can run: {one_line(error)}") from error
-        self.interface = check_contract(self.path, inputs, outputs)
+        of_file = _notes(self.path)
+        if isinstance(batch := of_file.get("batch"), int):  # which MNN alone does not tell
+            inputs = [replace(spec, shape=(batch, *spec.shape[1:])) for spec in inputs]
+        self.interface = contract(self.path, inputs, outputs)
         self.largest = self.interface.size
-        notes = _notes(self.path)
+        self.name = f"{of_file.get('graph', '')} {of_file.get('onnx', '')}"
+        found = of_file.get("onnx_metadata")
+        notes = found if isinstance(found, dict) else {}
         weights = notes.get(WEIGHTS)
         self.weights_digest = weights if isinstance(weights, str) else None
         self.card = card_of(notes)
         self._image_bytes = 4 * SIZE**2 * PADDED * ceil(FEATURES * _width(notes) / PADDED)
-        self._planned: list[int] | None = None  # the inputs' lengths
+        self._planned: list[tuple[int, ...]] | None = None  # the inputs' shapes
         self._lock = threading.Lock()
         self._closed = False
 
@@ -113,12 +120,23 @@ class MnnBackend:
         with self._lock:
             self._session = self._interpreter = None
 
+    def _tensors(self) -> tuple[list[TensorSpec], list[TensorSpec]]:
+        """The inputs and the outputs; a session plans memory for images of any size only once they have one."""
+        inputs = self._interpreter.getSessionInputAll(self._session)
+        shapes = {name: tuple(tensor.getShape()) for name, tensor in inputs.items()}
+        if any(n < 0 for shape in shapes.values() for n in shape):
+            for name, tensor in inputs.items():
+                self._interpreter.resizeTensor(tensor, tuple(PROBED if n < 0 else n for n in shapes[name]))
+            self._interpreter.resizeSession(self._session)
+            inputs = self._interpreter.getSessionInputAll(self._session)
+        return _specs(inputs, shapes), _specs(self._interpreter.getSessionOutputAll(self._session))
+
     def _run(self, arrays: tuple[NDArray[Any], ...]) -> NDArray[np.float32]:
         of_session = self._interpreter.getSessionInputAll(self._session)
         tensors = [of_session[spec.name] for spec in self.interface.inputs]
-        n, lengths = len(arrays[0]), [len(array) for array in arrays]
+        n, shapes = len(arrays[0]), [array.shape for array in arrays]
         planned, self._planned = self._planned, None
-        if lengths != planned:
+        if shapes != planned:
             for tensor, array in zip(tensors, arrays, strict=True):
                 self._interpreter.resizeTensor(tensor, array.shape)
             self._interpreter.resizeSession(self._session)
@@ -132,16 +150,20 @@ class MnnBackend:
             raise ModelError(f"{self.path}: out of memory for a group of {n}; split the group")
         if code != 0:
             raise ModelError(f"{self.path}: failed on a group of {n}: MNN's error {code}")
-        self._planned = lengths
+        self._planned = shapes
         return _view(self._interpreter.getSessionOutput(self._session, self.interface.output.name)).copy()
 
 
-def _specs(tensors: dict[str, Any]) -> list[TensorSpec]:
-    """Names, types and shapes; MNN gives a dynamic axis as 1, so a first axis of 1 is taken to be dynamic."""
+def _specs(tensors: dict[str, Any], shapes: dict[str, tuple[int, ...]] | None = None) -> list[TensorSpec]:
+    """Names, types and shapes, which may be given where tensors have others for now.
+
+    MNN gives a dynamic first axis as 1, so a first axis of 1 is taken to be dynamic, and other dynamic axes as -1.
+    """
     views = {name: _view(tensor) for name, tensor in tensors.items()}
+    shapes = {name: view.shape for name, view in views.items()} | (shapes or {})
     return [
-        TensorSpec(name, str(view.dtype), tuple(None if (i, n) == (0, 1) else n for i, n in enumerate(view.shape)))
-        for name, view in views.items()
+        TensorSpec(name, str(view.dtype), tuple(None if n < 0 or (i, n) == (0, 1) else n for i, n in enumerate(shape)))
+        for (name, view), shape in zip(views.items(), shapes.values(), strict=True)
     ]
 
 
@@ -152,7 +174,7 @@ def _view(tensor: Any) -> NDArray[Any]:
 
 
 def _notes(path: Path) -> dict[str, Any]:
-    """The ONNX file's notes (see `export.to_onnx`), if `bizCode` in the file holds those of `icnet build`; else none.
+    """The notes of `icnet build` (see `export.to_mnn`), if `bizCode` in the file holds them; else none.
 
     MNN's Python has no access to it but by loading the model a second time. The file is a FlatBuffer, whose root table
     has `bizCode` as its first field (MNN's schema, `Net`); MNN has verified it.
@@ -167,8 +189,8 @@ def _notes(path: Path) -> dict[str, Any]:
             vtable = root - at("<i", root)
             field = root + at("<H", vtable + 4)
             text = field + at("<I", field)
-            notes = json.loads(data[text + 4 : text + 4 + at("<I", text)])["onnx_metadata"]
-        except (struct.error, ValueError, KeyError, TypeError):  # another's file
+            notes = json.loads(data[text + 4 : text + 4 + at("<I", text)])
+        except (struct.error, ValueError):  # another's file
             return {}
     return notes if isinstance(notes, dict) else {}
 

@@ -73,7 +73,9 @@ class OnnxBackend:
         self._session: Any = started.session  # None: closed
         self.interface = _interface(path, self._session)
         self.largest = self.interface.size or onnx_gpu.largest(providers)
-        notes: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+        meta = self._session.get_modelmeta()
+        self.name = str(meta.graph_name)
+        notes: dict[str, str] = meta.custom_metadata_map
         self.weights_digest: str | None = notes.get(WEIGHTS)
         self.card = card_of(notes)
         engine = "tensorrt" if onnx_gpu.TENSORRT in map(onnx_gpu.name_of, providers) else "onnxruntime"

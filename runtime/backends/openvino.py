@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from runtime.backends import check_sizes, warn_of_other_engine
 from runtime.backends.onnx import Finished
-from runtime.contract import CALIBRATED_FOR, WEIGHTS, card_of, check_contract
+from runtime.contract import CALIBRATED_FOR, WEIGHTS, Contract, card_of, check_contract
 from runtime.errors import DependencyError, ICNetError, ModelError, how_to_install
 from runtime.files import check_model_file, utf8_name
 from runtime.openvino_library import BIN_DIGEST, COMPOSED, CPU, PRECISION, compiled, read_notes, reason, specs
@@ -29,15 +29,23 @@ class OpenVinoBackend:
         threads: CPU threads for one call; None for OpenVINO's choice, one per physical core.
         device: OpenVINO's name for it: "CPU", "GPU", "GPU.1", "NPU", "AUTO" or the like.
         verify: whether the .bin is compared with its digest in the .xml.
+        contract: what its tensors must be; of another network than ICNet, another check.
 
     Raises:
-        ModelError: not an OpenVINO model, or not an exported ICNet, or the .bin is missing or another model's.
+        ModelError: not an OpenVINO model, or not what `contract` asks for, or the .bin is missing or another model's.
         DependencyError: OpenVINO is not installed, or has no such device here.
     """
 
     slots = 1  # groups at once that one caller can have in work
 
-    def __init__(self, path: Path, threads: int | None = None, device: str = CPU, verify: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        threads: int | None = None,
+        device: str = CPU,
+        verify: bool = True,
+        contract: Contract = check_contract,
+    ) -> None:
         self.path = path
         check_model_file(path)
         weights = path.with_suffix(".bin")
@@ -58,8 +66,9 @@ class OpenVinoBackend:
                     f"{path}: not an OpenVINO model, or one for a newer OpenVINO than is installed here, or "
                     f"{weights.name} is another's: {reason(error)}"
                 ) from error
-            self.interface = check_contract(path, specs(model.inputs), specs(model.outputs))
+            self.interface = contract(path, specs(model.inputs), specs(model.outputs))
             notes, onnx_notes = read_notes(model)
+            self.name = f"{model.friendly_name} {notes.get('onnx', '')}"
             if verify and BIN_DIGEST in notes and notes[BIN_DIGEST] != _digest(weights):
                 raise ModelError(
                     f"{path}: {weights.name} is damaged, or another model's: copy both files, or build them again"

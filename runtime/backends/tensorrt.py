@@ -12,6 +12,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.cuda import Capture, Cuda
-from runtime.backends.engine_file import KernelCache, Lengths, LoadedEngine, load_engine, read_engine
-from runtime.contract import ExportKind
+from runtime.backends.engine_file import Contexts, Shape, Shapes, load_engine, read_engine
+from runtime.contract import Contract, ExportKind, check_contract
 from runtime.errors import DeviceLostError, ICNetError, ModelError, one_line
 
 logger = logging.getLogger(__name__)
@@ -37,11 +38,15 @@ class TensorRTBackend:
         allow_host_code: load an engine that brings code for the CPU, as version-compatible ones do.
         eager_kernels: TensorRT-RTX: compile the kernels for a size before its first call, instead of beside the
             calls, which run slower ones meanwhile. For measurements.
+        contract: what its tensors must be; of another network than ICNet, another check.
+
+    Attributes:
+        limits: the smallest and the largest shape of the first input, in any profile.
 
     Raises:
         DependencyError: no TensorRT, PyCUDA, driver or GPU.
-        ModelError: not an engine of an exported ICNet, or of another TensorRT or GPU, or with code that is not
-            allowed; or not enough memory.
+        ModelError: not an engine, or not what `contract` asks for, or of another TensorRT or GPU, or with code that is
+            not allowed; or not enough memory.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class TensorRTBackend:
         device: int = 0,
         allow_host_code: bool = False,
         eager_kernels: bool = False,
+        contract: Contract = check_contract,
     ) -> None:
         self.path = path
         content, self.card = read_engine(path)
@@ -60,11 +66,12 @@ class TensorRTBackend:
         cuda = Cuda(device)
         try:
             with cuda, ExitStack() as stack:  # slots that were made before an error are freed
-                loaded = load_engine(path, content, allow_host_code)
+                loaded = load_engine(path, content, allow_host_code, contract)
                 self.interface, self.weights_digest = loaded.interface, loaded.weights_digest
-                self._profiles = loaded.profiles
+                self.name, self._profiles = loaded.name, loaded.profiles
+                self.limits = self._profiles.smallest[0], self._profiles.largest[0]
                 self.largest: int | None = max(high for _, high in self._profiles.groups)
-                contexts = _Contexts(path, loaded, graphs > 0, eager_kernels)
+                contexts = Contexts(path, loaded, graphs > 0, eager_kernels)
                 slots_made = []
                 for _ in range(self.slots):
                     slots_made.append(_Slot(cuda, contexts, graphs))
@@ -84,7 +91,9 @@ class TensorRTBackend:
             if self.interface.size is not None:
                 remedy = "export the model with a dynamic group axis (icnet export does), and build that"
             raise ModelError(f"{self.path}: built for groups of {_either(groups)} images, got {images}; {remedy}")
-        if self.interface.kind is ExportKind.BANKED and self._profiles.index((images, images, bank_size)) is None:
+        lengths = images, images, bank_size
+        shapes = tuple((n, *spec.sizes) for n, spec in zip(lengths, self.interface.inputs, strict=False))
+        if self.interface.kind is ExportKind.BANKED and self._profiles.index(shapes) is None:
             raise ModelError(
                 f"{self.path}: built for banks of {_either(self._profiles.banks)} images, got "
                 f"{bank_size}; rebuild it with a profile that holds {bank_size}: icnet build --max-bank {bank_size}"
@@ -130,7 +139,7 @@ class Pending:
                 return
             slot, self._slot = self._slot, None
             try:
-                self._output = slot.wait(self._images)
+                self._output = slot.wait()
             except Exception as error:
                 self._error = _failure(self._pool.path, self._images, error)
             except BaseException as error:  # Ctrl-C; without an output there must be an error
@@ -143,7 +152,7 @@ class Pending:
 class _Pool:
     """The slots: which are free, and which groups are in flight."""
 
-    def __init__(self, cuda: Cuda, contexts: "_Contexts", slots: list["_Slot"]) -> None:
+    def __init__(self, cuda: Cuda, contexts: "Contexts", slots: list["_Slot"]) -> None:
         self.path = contexts.path
         self._cuda, self._contexts = cuda, contexts
         self._slots = len(slots)
@@ -210,73 +219,33 @@ class _Pool:
                 stack.callback(self._free.pop().free)
 
 
-class _Contexts:
-    """Makes the execution contexts of an engine, with what they share."""
-
-    def __init__(self, path: Path, loaded: LoadedEngine, use_graphs: bool, eager_kernels: bool) -> None:
-        self.path, self.loaded = path, loaded
-        self.captures_itself = hasattr(loaded.trt, "CudaGraphStrategy")  # TensorRT-RTX does, for any shape
-        self._use_graphs, self._eager = use_graphs, eager_kernels
-        self.scratch_size = max(int(loaded.engine.device_memory_size_v2), 1)
-        self._kernels = KernelCache(path, loaded.engine) if self.captures_itself else None
-
-    def make(self, scratch: Any) -> Any:
-        """An execution context on device memory of `scratch_size`."""
-        trt, engine = self.loaded.trt, self.loaded.engine
-        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        with self.loaded.log.listening() as heard:
-            if self._kernels is not None:
-                config = engine.create_runtime_config()
-                config.set_execution_context_allocation_strategy(strategy)
-                config.set_runtime_cache(self._kernels.cache)
-                if self._use_graphs:
-                    config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-                if self._eager:
-                    eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-                    config.dynamic_shapes_kernel_specialization_strategy = eager
-                context = engine.create_execution_context(config)
-            else:
-                context = engine.create_execution_context(strategy)
-            if context is None:
-                raise ModelError(
-                    f"{self.path}: TensorRT could not create an execution context; it may be out of device memory: "
-                    f"use fewer slots, or build the engine for smaller groups ({heard.last_error})"
-                )
-        context.set_device_memory(int(scratch), self.scratch_size)
-        return context
-
-    def save_kernels(self) -> None:
-        """Keep the kernels that were compiled."""
-        if self._kernels is not None:
-            self._kernels.save()
-
-    def close(self) -> None:
-        """Drop the engine, which goes with the last context."""
-        del self.loaded
-
-
 class _Slot:
     """One group's way through the device. Whatever it allocates, it allocates here."""
 
-    def __init__(self, cuda: Cuda, contexts: _Contexts, graphs: int) -> None:
+    def __init__(self, cuda: Cuda, contexts: Contexts, graphs: int) -> None:
         self._cuda, self._contexts, self._profiles = cuda, contexts, contexts.loaded.profiles
         self._log = contexts.loaded.log
         interface = contexts.loaded.interface
         self._inputs, self._output = interface.inputs, interface.output
+        self._shape: Shape = ()  # of the last call's output
         self._most_graphs = 0 if contexts.captures_itself else graphs
-        self._graphs: dict[Lengths, Capture] = {}
+        self._graphs: dict[Shapes, tuple[Capture, Shape]] = {}  # and the shape of the output
         self._captured: list[Any] = []  # the graphs' contexts, which must outlive them
-        self._seen: Counter[Lengths] = Counter()
+        self._seen: Counter[Shapes] = Counter()
         self._host: dict[str, NDArray[Any]] = {}
         self._device: dict[str, Any] = {}
-        largest = self._profiles.longest
+        largest = self._profiles.largest
+        outputs = (self._output, *interface.others)
+        # Elements. Of outputs whose size follows the image's, a guess: no larger than the image. Every call checks it.
+        rooms = [prod(spec.sizes) * (largest[0][0] if spec.is_sized else prod(largest[0])) for spec in outputs]
+        self._unsized = {spec.name: room for spec, room in zip(outputs, rooms, strict=True) if not spec.is_sized}
         with ExitStack() as stack:
-            for spec, length in zip((*self._inputs, self._output), (*largest, largest[0]), strict=True):
-                buffer = cuda.pinned((length, *spec.sizes), spec.dtype)
-                stack.callback(cuda.free_pinned, buffer)
-                memory = cuda.allocate(buffer.nbytes)
+            for spec, room in zip((*self._inputs, *outputs), (*map(prod, largest), *rooms), strict=True):
+                self._device[spec.name] = memory = cuda.allocate(room * np.dtype(spec.dtype).itemsize)
                 stack.callback(memory.free)
-                self._host[spec.name], self._device[spec.name] = buffer, memory
+                if spec not in interface.others:  # which nothing reads
+                    self._host[spec.name] = buffer = cuda.pinned((room,), spec.dtype)
+                    stack.callback(cuda.free_pinned, buffer)
             self._scratch = cuda.allocate(contexts.scratch_size)  # shared by the slot's contexts: one runs at a time
             stack.callback(self._scratch.free)
             self._stream, self._spinning, self._sleeping = cuda.stream(), cuda.event(), cuda.event(blocking=True)
@@ -293,7 +262,7 @@ class _Slot:
                 self._stream.synchronize()
         except ModelError as error:  # the GPU is lost, and with it all that this waits for
             logger.debug("freed without waiting: %s", error)
-        for capture in self._graphs.values():
+        for capture, _ in self._graphs.values():
             capture.free()
         self._graphs.clear()
         self._captured.clear()
@@ -306,28 +275,29 @@ class _Slot:
         Waiting for a call that is alone spins, which notices its end soonest. Beside others it sleeps: the GPU has more
         to do meanwhile, and a spinning wait would take a core from the threads that decode and restore.
         """
-        lengths = tuple(len(array) for array in tensors)
-        profile = self._profiles.index(lengths)
+        shapes = tuple(array.shape for array in tensors)
+        profile = self._profiles.index(shapes)
         if profile is None:
-            raise ModelError(f"{self._contexts.path}: no profile takes inputs of lengths {lengths}")
+            raise ModelError(f"{self._contexts.path}: no profile takes inputs of shapes {', '.join(map(str, shapes))}")
         for spec, array in zip(self._inputs, tensors, strict=True):
-            np.copyto(self._host[spec.name][: len(array)], array)
-        self._seen[lengths] += 1
-        if lengths not in self._graphs and self._seen[lengths] == 2 and len(self._graphs) < self._most_graphs:
-            self._capture(lengths, profile)
-        if lengths in self._graphs:
-            self._graphs[lengths].launch()
+            np.copyto(self._host[spec.name][: array.size].reshape(array.shape), array)
+        self._seen[shapes] += 1
+        if shapes not in self._graphs and self._seen[shapes] == 2 and len(self._graphs) < self._most_graphs:
+            self._capture(shapes, profile)
+        if shapes in self._graphs:
+            capture, self._shape = self._graphs[shapes]
+            capture.launch()
         else:
-            self._prepare(self._plain, lengths, profile)
-            self._enqueue(self._plain, lengths)
+            self._shape = self._prepare(self._plain, shapes, profile)
+            self._enqueue(self._plain, shapes, self._shape)
         self._event = self._spinning if alone else self._sleeping
         self._event.record(self._stream)
 
-    def wait(self, n: int) -> NDArray[np.float32]:
+    def wait(self) -> NDArray[np.float32]:
         """Wait for the queued call; its output, out of the slot's buffer."""
         with self._cuda:
             self._event.synchronize()
-        return self._host[self._output.name][:n].copy()
+        return self._host[self._output.name][: prod(self._shape)].reshape(self._shape).copy()
 
     def _context(self) -> Any:
         """An execution context on the slot's memory."""
@@ -341,28 +311,32 @@ class _Slot:
         if not accepted:
             raise ModelError(f"{self._contexts.path}: TensorRT {refusal}")
 
-    def _prepare(self, context: Any, lengths: Lengths, profile: int) -> None:
-        """Set a call's profile and shapes."""
+    def _prepare(self, context: Any, shapes: Shapes, profile: int) -> Shape:
+        """Set a call's profile and shapes; the shape of its output."""
         with self._log.listening() as heard:
             if context.active_optimization_profile != profile:
                 set_profile = context.set_optimization_profile_async
                 self._check(set_profile(profile, self._stream.handle), f"refused profile {profile}: {heard.last_error}")
-            for spec, length in zip(self._inputs, lengths, strict=True):
-                shape = (length, *spec.sizes)
+            for spec, shape in zip(self._inputs, shapes, strict=True):
                 accepted = context.set_input_shape(spec.name, shape)
                 self._check(accepted, f"refused {spec.name} of shape {shape}: {heard.last_error}")
+        found = {name: tuple(map(int, context.get_tensor_shape(name))) for name in self._unsized}
+        for name, room in self._unsized.items():
+            fits = min(found[name]) > 0 and prod(found[name]) <= room
+            self._check(fits, f"gives {name} of shape {found[name]} for images {shapes[0]}: there is no room for more")
+        return found.get(self._output.name, (shapes[0][0], *self._output.sizes))
 
-    def _enqueue(self, context: Any, lengths: Lengths) -> None:
-        for spec, length in zip(self._inputs, lengths, strict=True):
-            self._cuda.copy_in(self._device[spec.name], self._host[spec.name][:length], self._stream)
+    def _enqueue(self, context: Any, shapes: Shapes, output: Shape) -> None:
+        for spec, shape in zip(self._inputs, shapes, strict=True):
+            self._cuda.copy_in(self._device[spec.name], self._host[spec.name][: prod(shape)], self._stream)
         with self._log.listening() as heard:
             started = context.execute_async_v3(self._stream.handle)
-            self._check(started, f"refused to run a group of {lengths[0]}: {heard.last_error}")
+            self._check(started, f"refused to run a group of {shapes[0][0]}: {heard.last_error}")
         name = self._output.name
-        self._cuda.copy_out(self._host[name][: lengths[0]], self._device[name], self._stream)
+        self._cuda.copy_out(self._host[name][: prod(output)], self._device[name], self._stream)
 
-    def _capture(self, lengths: Lengths, profile: int) -> None:
-        """Capture calls of these lengths as a graph, on a context of its own, which nothing changes afterwards.
+    def _capture(self, shapes: Shapes, profile: int) -> None:
+        """Capture calls of these shapes as a graph, on a context of its own, which nothing changes afterwards.
 
         Whatever goes wrong, e.g. for want of memory, only means that there will be no more graphs.
         """
@@ -373,12 +347,13 @@ class _Slot:
                 return
             context = self._context()
             self._captured.append(context)
-            self._prepare(context, lengths, profile)
-            self._enqueue(context, lengths)  # TensorRT finishes its set-up for a shape in the first, uncaptured run
+            output = self._prepare(context, shapes, profile)
+            # TensorRT finishes its set-up for a shape in the first, uncaptured run.
+            self._enqueue(context, shapes, output)
             self._stream.synchronize()
             with capture:
-                self._enqueue(context, lengths)
-            self._graphs[lengths] = capture
+                self._enqueue(context, shapes, output)
+            self._graphs[shapes] = capture, output
         except Exception as error:  # ours, PyCUDA's and TensorRT's
             logger.warning("no more CUDA graphs: %s", one_line(error))
             self._most_graphs = len(self._graphs)

@@ -6,7 +6,7 @@ from typing import Any
 
 from runtime.backends.onnx_gpu import Provider
 from runtime.backends.onnx_session import CPU
-from runtime.backends.opening import ENGINE_SUFFIXES, MNN_SUFFIX, OPENVINO_SUFFIX
+from runtime.backends.opening import ENGINE_SUFFIXES, MNN_SUFFIX, OPENVINO_SUFFIX, OTHER_SUFFIXES
 from runtime.errors import InputError
 
 PROVIDERS: dict[str, list[Provider]] = {
@@ -47,7 +47,7 @@ def place(device: str | None, *models: Path) -> dict[str, Any]:
             raise InputError(f"{model}: --device {device}: an MNN file runs on the CPU; leave out --device")
         if suffix == OPENVINO_SUFFIX and device not in (None, *OPENVINO):
             raise InputError(f"{model}: --device {device}: an OpenVINO file runs on {', '.join(OPENVINO)}")
-        if suffix not in (*ENGINE_SUFFIXES, MNN_SUFFIX, OPENVINO_SUFFIX) and device not in (None, *PROVIDERS):
+        if suffix not in OTHER_SUFFIXES and device not in (None, *PROVIDERS):
             raise InputError(f"{model}: --device {device}: is for OpenVINO files; build one with icnet build")
     if models and all(model.suffix.lower() == OPENVINO_SUFFIX for model in models):
         return {"device": OPENVINO[device or "cpu"]}

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from runtime.backends.opening import OPENVINO_SUFFIX
+from runtime.backends.opening import OPENVINO_SUFFIX, OTHER_SUFFIXES
 from runtime.bank import Bank
 from runtime.commands import outputs
 from runtime.commands.detector import add_detector_arguments, sism_source, speaking
@@ -249,7 +249,8 @@ def open_predictor(args: argparse.Namespace, detector: str | Path | None, banks_
     files = model_files(model_of(args), banks_only)
     banks = (files["intra"], files["banked"]) if "banked" in files else None
     model = model_of(args)
-    beside = detector in (None, BUILTIN) or model.suffix.lower() == OPENVINO_SUFFIX
+    suffixes = (model.suffix.lower(), "" if detector is None else Path(detector).suffix.lower())
+    beside = detector in (None, BUILTIN) or suffixes[0] == OPENVINO_SUFFIX or suffixes[1] in OTHER_SUFFIXES
     return Predictor(
         files.get("model"),
         bank_export=banks,

@@ -28,7 +28,7 @@ from runtime.backends.onnx_session import tensors
 from runtime.commands.detector import has_sisms, sism_folder
 from runtime.commands.predict import model_files, model_of
 from runtime.contract import SIZE, TensorSpec
-from runtime.detector import INPUT, OUTPUT
+from runtime.detector_contract import INPUT, OUTPUT
 from runtime.errors import DependencyError, InputError, ModelError, OutputError, printable
 from runtime.files import bundled, check_outputs, check_seal, output_errors, replacing, replacing_folder, write_bytes
 from runtime.groups import Group, find_groups
