@@ -18,7 +18,6 @@ from runtime.errors import ICNetError, ModelError
 from runtime.files import check_model_file, check_seal
 from runtime.threads import native_calls
 
-
 Limits = tuple[tuple[int, ...], tuple[int, ...]]
 
 

@@ -10,13 +10,15 @@ from PIL import Image, ImageDraw
 
 import icnet_cli
 from export.checkpoint import save_checkpoint
+from export.detector_onnx import write_onnx as write_detector
+from export.egnet import EGNet
 from export.icnet import ICNet
 from export.to_mnn import build_mnn
 from export.to_onnx import write_onnx
 from runtime import Predictor
 from runtime.contract import ExportKind
 from tests.export_cache import ExportCache
-from tests.helpers import random_network, write_exports
+from tests.helpers import random_egnet, random_network, write_exports
 from tests.runtime.browser import launched
 
 
@@ -60,6 +62,19 @@ def mnn_file(onnx_file: Path) -> Path:
     pytest.importorskip("MNN", reason="MNN is not installed")
     path = onnx_file.with_suffix(".mnn")
     build_mnn(onnx_file, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def egnet() -> EGNet:
+    return random_egnet()
+
+
+@pytest.fixture(scope="session")
+def egnet_file(egnet: EGNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of `egnet`, as `icnet export` writes it, under a name that tells nothing."""
+    path = tmp_path_factory.mktemp("egnet") / "any_name.onnx"
+    write_detector(egnet, path)
     return path
 
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from export.checkpoint import weights_digest
+from export.egnet import EGNet
+from export.egnet_onnx import smooth_images
 from export.icnet import ICNet
 from export.to_mnn import convert
 from export.to_onnx import write_onnx
@@ -19,6 +21,7 @@ DATA = Path(__file__).parent / "data"
 BIRDS = DATA / "bird"
 HAS_TENSORRT_RTX = sys.platform == "linux" and platform.machine() == "x86_64"  # where it must be installed
 WIDTH = 0.125  # of the networks that most tests run
+EGNET_WIDTH = 1 / 16
 
 
 def random_network(width: float = WIDTH, seed: int = 0) -> ICNet:
@@ -37,6 +40,29 @@ def random_network(width: float = WIDTH, seed: int = 0) -> ICNet:
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
             torch.nn.init.normal_(module.bias, 0, 0.2)
     return network.eval()
+
+
+def random_egnet(width: float = EGNET_WIDTH, seed: int = 0) -> EGNet:
+    """Random weights and biases whose activations grow like a trained network's and whose SISMs span most of [0, 1]."""
+    torch.manual_seed(seed)
+    network = EGNet(width).eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                torch.nn.init.normal_(module.bias, 0, 0.1)
+    with torch.inference_mode():
+        score = network.merge2.final_score[-1]
+        seen: list[torch.Tensor] = []
+        assert isinstance(score, torch.nn.Conv2d)
+        assert score.bias is not None
+        hook = score.register_forward_hook(lambda _m, _i, output: seen.append(output))
+        network(torch.from_numpy(smooth_images(1, 64, 64, 9)))
+        hook.remove()
+        score.bias.data -= seen[0].mean()
+        for p in score.parameters():
+            p.data *= 2 / seen[0].std()
+    return network
 
 
 def group(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

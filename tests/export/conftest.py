@@ -5,7 +5,9 @@ import onnx
 import pytest
 
 from export.onnx_file import save_model
+from export.to_mnn import build_mnn
 from export.to_onnx import write_onnx
+from export.to_openvino import build_openvino
 from runtime.contract import ExportKind
 
 
@@ -66,3 +68,21 @@ def fixed_model(model_file, tmp_path):
     path.parent.mkdir()
     save_model(model, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def openvino_exports(exports):
+    """`exports` for OpenVINO."""
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    for path in exports.parent.glob("*.onnx"):
+        build_openvino(path, path.with_suffix(".xml"))
+    return exports.with_suffix(".xml")
+
+
+@pytest.fixture(scope="session")
+def mnn_exports(exports):
+    """`exports` for MNN."""
+    pytest.importorskip("MNN", reason="MNN is not installed")
+    for path in exports.parent.glob("*.onnx"):
+        build_mnn(path, path.with_suffix(".mnn"))
+    return exports.with_suffix(".mnn")

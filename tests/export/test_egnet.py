@@ -20,36 +20,9 @@ from export.fp16 import TARGET
 from export.proof import check
 from runtime import CheckpointError, ModelError
 from runtime.files import check_seal, digest
-from tests.helpers import DATA, HAS_TENSORRT_RTX, flipped, random_network
+from tests.helpers import DATA, EGNET_WIDTH, HAS_TENSORRT_RTX, flipped, random_network
 
-WIDTH = 1 / 16
 RELEASED = json.loads((DATA / "egnet_vgg_state_dict.json").read_text())
-
-
-def random_egnet(width=WIDTH, seed=0):
-    """Random weights and biases whose activations grow like a trained network's and whose SISMs span most of [0, 1]."""
-    torch.manual_seed(seed)
-    network = EGNet(width).eval()
-    for module in network.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            if module.bias is not None:
-                torch.nn.init.normal_(module.bias, 0, 0.1)
-    with torch.inference_mode():
-        score = network.merge2.final_score[-1]
-        seen = []
-        hook = score.register_forward_hook(lambda _m, _i, output: seen.append(output))
-        network(torch.from_numpy(smooth_images(1, 64, 64, 9)))
-        hook.remove()
-        score.bias.data -= seen[0].mean()
-        for p in score.parameters():
-            p.data *= 2 / seen[0].std()
-    return network
-
-
-@pytest.fixture(scope="module")
-def egnet():
-    return random_egnet()
 
 
 @pytest.fixture(scope="module", params=["fp32", "fp16"])
@@ -145,7 +118,7 @@ def save(path, content):
 @pytest.mark.parametrize("wrap", [dict, lambda state: {"state_dict": state}], ids=["bare", "state_dict"])
 def test_a_checkpoint_is_loaded_whole(egnet, tmp_path, wrap):
     loaded = load_egnet(save(tmp_path / "x.pth", wrap(egnet.state_dict())))
-    assert (loaded.width, loaded.training) == (WIDTH, False)
+    assert (loaded.width, loaded.training) == (EGNET_WIDTH, False)
     assert all(torch.equal(t, egnet.state_dict()[name]) for name, t in loaded.state_dict().items())
 
 

@@ -1,7 +1,6 @@
 """Files for MNN: how they are built and what refuses to be, and what only this backend has to get right."""
 
 import json
-import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,27 +11,17 @@ import pytest
 
 from export import to_mnn
 from export.cpu_proof import sample_calls
-from export.onnx_file import save_model
 from export.to_mnn import build_mnn, convert
-from runtime import DependencyError, ICNetError, ModelError, Predictor
+from runtime import ICNetError, ModelError, Predictor
 from runtime.backends.mnn import MnnBackend
 from runtime.contract import CARD, FILE_DIGEST, INTERFACES, WEIGHTS
-from runtime.errors import how_to_install
 from runtime.files import bank_files, digest
-from tests.helpers import convert_to_mnn, damage
+from tests.helpers import convert_to_mnn
 
 MNN = pytest.importorskip("MNN", reason="MNN is not installed")
 
 
 GROUPS = [(call["images"], call["sisms"]) for call in sample_calls(INTERFACES[0])]
-
-
-@pytest.fixture(scope="session")
-def mnn_exports(exports):
-    """`exports` for MNN."""
-    for path in exports.parent.glob("*.onnx"):
-        build_mnn(path, path.with_suffix(".mnn"))
-    return exports.with_suffix(".mnn")
 
 
 def close(found, expected):
@@ -53,38 +42,6 @@ def test_the_command_builds_a_file_that_says_what_it_was_made_from(icnet, export
     found = {p.key: p.value for p in onnx.load(exports).metadata_props}
     assert notes["onnx_metadata"] | {FILE_DIGEST: found[FILE_DIGEST]} == found
     assert FILE_DIGEST not in notes["onnx_metadata"]  # which is the ONNX file's alone
-
-
-def test_maps_are_those_of_onnx_runtime_whatever_the_order_of_sizes(exports, mnn_exports):
-    with Predictor(exports) as reference, Predictor(mnn_exports) as predictor:
-        for group in [*GROUPS, *reversed(GROUPS)]:
-            close(predictor.predict_tensors(*group), reference.predict_tensors(*group))
-
-
-def test_several_groups_in_one_call(exports, mnn_exports):
-    with (
-        Predictor(exports) as reference,
-        Predictor(mnn_exports.with_name("icnet.packed.mnn"), max_images=8) as predictor,
-    ):
-        assert predictor.packed
-        for group, maps in zip(GROUPS, predictor.predict_groups(GROUPS), strict=True):
-            close(np.stack(maps), reference.predict_tensors(*group))
-
-
-def test_chunks_and_kept_banks(exports, mnn_exports):
-    images, sisms = GROUPS[3]
-    with (
-        Predictor(exports, bank_export=bank_files(exports)) as reference,
-        Predictor(bank_export=bank_files(mnn_exports), max_images=5) as predictor,
-    ):
-        close(predictor.predict_tensors(images, sisms), reference.predict_tensors(images, sisms))
-        bank = predictor.bank(images, sisms)
-        np.testing.assert_allclose(bank.sivs, reference.bank(images, sisms).sivs, atol=1e-5)
-        for kept in (bank, bank[:1]):  # banks are the network's, not the engine's
-            for one, other in zip(
-                predictor.against(kept, *GROUPS[1]), reference.against(kept, *GROUPS[1]), strict=True
-            ):
-                close(one, other)
 
 
 def test_a_file_knows_its_network(exports, mnn_exports, tmp_path):
@@ -158,58 +115,6 @@ def test_what_mnn_gets_wrong_is_not_written(exports, tmp_path, monkeypatch, oper
     assert not list(tmp_path.iterdir())
 
 
-def fixed_group(model):
-    for value in (*model.graph.input, *model.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_value = 1
-
-
-def fixed_bank(model):
-    for value in model.graph.input:
-        if value.name == "bank":
-            value.type.tensor_type.shape.dim[0].dim_value = 20
-
-
-def unknown_operator(model):
-    next(node for node in model.graph.node if node.op_type == "Relu").op_type = "NoSuchOperator"
-
-
-def dangling(model):
-    """MNN's converter crashes."""
-    next(node for node in model.graph.node if node.op_type == "Conv").input[1] = "nowhere"
-
-
-def in_half_precision(model):
-    model.graph.initializer.append(onnx.numpy_helper.from_array(np.float16(1), "half"))
-
-
-def in_int8(model):
-    for node in model.graph.node:
-        node.output[:] = ["before" if name == "maps" else name for name in node.output]
-    arrays = {"scale": np.float32(1 / 255), "zero": np.uint8(0)}
-    model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in arrays.items())
-    quantise = onnx.helper.make_node("QuantizeLinear", ["before", "scale", "zero"], ["bytes"])
-    model.graph.node.extend([quantise, onnx.helper.make_node("DequantizeLinear", ["bytes", "scale", "zero"], ["maps"])])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (fixed_group, "m.onnx: exported for a fixed size, images uint8 [1, 224, 224, 3]; export it with dynamic axes"),
-        (fixed_bank, "m.onnx: exported for a fixed size, bank float32 [20, 40]; export it with dynamic axes"),
-        (unknown_operator, "m.onnx: MNN can't convert or run it"),
-        (dangling, "m.onnx: MNN can't convert or run it (exit code -"),
-        (in_half_precision, "m.onnx: in FP16, which MNN would run in FP32"),
-        (in_int8, "m.onnx: in INT8, which MNN's converter does not take"),
-        (damage, "not written: the ONNX file computes NaN or infinite values"),
-    ],
-)
-def test_models_that_can_not_be_built(icnet, exports, tmp_path, change, message):
-    model = onnx.load(exports.with_name("icnet.banked.onnx") if change is fixed_bank else exports)
-    change(model)
-    save_model(model, tmp_path / "m.onnx")
-    assert message in refused(icnet, tmp_path)
-
-
 @pytest.mark.parametrize(
     ("write", "message"),
     [
@@ -232,28 +137,12 @@ def refused(icnet, folder):
     return err
 
 
-@pytest.mark.parametrize("option", [("--max", 4), ("--profile", "1:2:3"), ("--inspect",), ("--trtexec",)])
-def test_options_of_tensorrt_are_refused(icnet, exports, tmp_path, option):
-    code, _, err = icnet("build", "--backend", "mnn", "--onnx", exports, "--output", tmp_path / "x.mnn", *option)
-    assert code == 2
-    assert f"{option[0]}: is for TensorRT" in err
-
-
 def test_the_model_itself_is_not_overwritten(icnet, exports):
     before = exports.read_bytes()
     code, _, err = icnet("build", "--backend", "mnn", "--onnx", exports, "--output", exports)
     assert code == 2
     assert "is an input of this run" in err
     assert exports.read_bytes() == before
-
-
-def test_mnn_that_is_not_installed_is_named_with_its_extra(exports, mnn_exports, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "MNN", None)
-    with pytest.raises(DependencyError, match=re.escape(f"MNN is not installed: {how_to_install('mnn')}")):
-        Predictor(mnn_exports)
-    monkeypatch.setattr(to_mnn.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DependencyError, match="MNN, onnx, onnxruntime: not installed"):
-        build_mnn(exports, tmp_path / "x.mnn")
 
 
 def test_nothing_but_the_result_is_printed(mnn_exports, tmp_path, image_folder):

@@ -23,10 +23,10 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.faults import commands, inputs, runs
+from tests.faults import commands, detectors, inputs, runs
 from tests.faults.lab import ROOT, Case, Kind, Lab
 
-KINDS = {kind.name: kind for kind in (*inputs.KINDS, *commands.KINDS, *runs.KINDS)}
+KINDS = {kind.name: kind for kind in (*inputs.KINDS, *detectors.KINDS, *commands.KINDS, *runs.KINDS)}
 PAGE = ROOT / "docs/reliability.md"
 MARKERS = "<!-- faults -->\n", "<!-- end of faults -->\n"
 MEMORY = 4 << 30  # bytes that a case may add to the process's address space

@@ -36,7 +36,9 @@ LARGE = 34  # images: more than go into one chunk
 EVERYTHING = "maps,masks,cutouts,boxes"  # that icnet predict writes
 TIME_OUT = 120  # seconds that a process or call may take; far from what it does take, on a busy machine too
 UNPRIVILEGED = 65534  # permissions do not hold for root, so cases about them run as nobody
-SETTLED = re.compile(r"icnet( [a-z]+)*: ((error|warning): \S|stopped)|\d+ of \d+ groups failed")
+SETTLED = re.compile(
+    r"icnet( [a-z]+)*: ((error|warning): \S|stopped|.+: (its pixels|nothing stands out))|\d+ of \d+ groups failed"
+)
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,28 @@ class Lab:
             build_mnn(self.models["plain"], path)
         return path
 
+    @cached_property
+    def detector(self) -> Path:
+        """A detector's ONNX file, with a digest in it, as `icnet export` writes one."""
+        return self.make_detector(self.folder / "detector.onnx")
+
+    @cached_property
+    def photos(self) -> Path:
+        """The data set without its SISMs."""
+        return Path(shutil.copytree(self.data / "img", self.folder / "photos/img")).parent
+
+    def make_detector(self, path: Path, bias: float = -0.4) -> Path:
+        """Write such a file; another bias gives other SISMs."""
+        import onnx
+
+        from export.onnx_file import save_model
+        from tests.runtime.detectors import detector_file
+
+        names = ("images", "sisms")
+        detector_file(path, layout="NHWC", dtype="uint8", batch="B", size=("H", "W"), names=names, bias=bias)
+        save_model(onnx.load(path), path)
+        return path
+
     def sisms(self, group: str) -> list[Path]:
         """The SISM files of a group."""
         return sorted((self.data / "sism" / group).iterdir())
@@ -179,11 +203,13 @@ class Lab:
             return ["bank", str(self.data / "img/dog"), "-s", str(self.data / "sism/dog"), *self._model("bank")]
         data = self.large if mode == "chunked" else self.data
         more = {"packed": ["--pack"], "outputs": ["--write", EVERYTHING]}.get(mode, [])
+        if mode == "detector":
+            more, data = ["--sism-model", str(self.detector), "--keep-sisms"], self.photos
         more = ["--bank", str(self.bank)] if mode == "bank" else more
         return ["predict", str(data), *self._model(mode), *more]
 
     def _model(self, mode: str) -> list[str]:
-        return ["-m", str(self.models["plain" if mode == "outputs" else mode]), "-t", "1"]
+        return ["-m", str(self.models["plain" if mode in ("outputs", "detector") else mode]), "-t", "1"]
 
     def output(self, mode: str, folder: Path) -> Path:
         """What a mode is told to write, in a folder."""

@@ -37,7 +37,7 @@ from tests.faults.lab import (
     start,
 )
 
-PREDICTS = ("outputs", "plain", "packed", "chunked", "bank")
+PREDICTS = ("outputs", "plain", "packed", "detector", "chunked", "bank")
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
 STARTED = 0.05  # seconds until a process that is ready answers to signals
 
@@ -81,7 +81,7 @@ def killed(lab: Lab, case: Case, mode: str) -> None:
 
 def kills(lab: Lab, case: Case) -> None:
     """A signal at a random moment of `icnet predict` or `icnet bank`."""
-    killed(lab, case, (*PREDICTS, "make-bank")[case.seed % 6])
+    killed(lab, case, (*PREDICTS, "make-bank")[case.seed % 7])
 
 
 def killed_exports(lab: Lab, case: Case) -> None:
@@ -128,13 +128,13 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[None]:
 
 def disks(lab: Lab, case: Case) -> None:
     """A full disk or a file-size limit: an error, whole files only, and the next run with room completes them."""
-    mode = (*PREDICTS, "make-bank")[case.seed % 6]
+    mode = (*PREDICTS, "make-bank")[case.seed % 7]
     expected = lab.expected(mode)
     sizes = [p.stat().st_size for p in expected.rglob("*") if p.is_file()]
     disk = case.folder / "disk"
     disk.mkdir()
     output = lab.output(mode, disk)
-    full = case.seed % 2 == case.seed // 6 % 2 and can_mount()
+    full = case.seed % 2 == case.seed // 7 % 2 and can_mount()
     with contextlib.ExitStack() as stack:
         if full:
             kilobytes = int(case.rng.uniform(1, sum(-(-size // 4096) * 4 for size in sizes)))
@@ -170,7 +170,7 @@ def full_exports(lab: Lab, case: Case) -> None:
 
 def races(lab: Lab, case: Case) -> None:
     """Two runs into one folder at once: both end well, every file is whole, and no record lies."""
-    mode = PREDICTS[case.seed % 5]
+    mode = PREDICTS[case.seed % 6]
     other = mode if case.rng.random() < 0.5 else {"plain": "packed", "packed": "plain"}.get(mode, mode)
     resumes = [["--resume"] * int(case.rng.integers(2)) for _ in range(2)]
     out = case.folder / "out"
@@ -316,7 +316,7 @@ KINDS = (
         "kills",
         "predict in all its modes and bank, killed, then run again",
         kills,
-        3,
+        4,
         300,
     ),
     Kind("killed-exports", "export, killed, then run again", killed_exports, 0, 30),

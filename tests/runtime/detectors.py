@@ -1,10 +1,15 @@
 """Small ONNX files of detectors, of all the shapes that people have them in."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+
+from runtime.detector import Detector, finished
+from runtime.grey import save_grey
 
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "uint8": TensorProto.UINT8}
 WEIGHTS = np.array([2.0, 1.0, -1.5])  # of the channels; the map is high where an image is red
@@ -79,3 +84,17 @@ def detector_file(
 def map_by_hand(pixels: np.ndarray) -> np.ndarray:
     """The map, float64 [H, W], of normalised pixels [H, W, 3]."""
     return 1 / (1 + np.exp(-(pixels.astype(np.float64) @ WEIGHTS + BIAS)))
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (60, 40)) -> np.ndarray:
+    """An image of noise, uint8 [height, width, 3], of that width and height."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 200, (size[1], size[0], 3), dtype=np.uint8)
+
+
+def kept(detector: Detector, images: Sequence[Any], folder: Path) -> list[Path]:
+    """The detector by hand, its SISMs saved as files."""
+    seen = [detector.look(image) for image in images]
+    for i, (image, found) in enumerate(zip(seen, detector(seen), strict=True)):
+        save_grey(finished(image, found), folder / f"{i}.png")
+    return [folder / f"{i}.png" for i in range(len(images))]

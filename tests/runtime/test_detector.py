@@ -12,27 +12,18 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
-import torch
 from PIL import Image
 
-from export.detector_onnx import write_onnx as write_egnet
-from export.egnet import EGNet
 from runtime import InputError, ModelError, Predictor
 from runtime.detector import MAX_SIDE, Detector, finished, network_sism
 from runtime.detector_families import PRESETS, normalisation
-from runtime.grey import save_grey
 from runtime.preprocess import resized, restore_map, rgb_image, save_map, sism_tensor
 from tests.helpers import BIRDS
-from tests.runtime.detectors import detector_file, map_by_hand
+from tests.runtime.detectors import detector_file, kept, map_by_hand, picture
 
 PHOTOS = sorted(BIRDS.glob("*.jpg"))[:3]
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 U2NETP = "309c8469258dda742793dce0ebea8e6dd393174f89934733ecc8b14c76f4ddd8"
-
-
-def picture(seed=0, size=(60, 40)):
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 200, (size[1], size[0], 3), dtype=np.uint8)
 
 
 def small(image, size):
@@ -152,7 +143,6 @@ def two_images(path):
         (lambda p: detector_file(p, image_channels=4), "expected an image, [B, 3, H, W] or [B, H, W, 3] of float32"),
         (lambda p: detector_file(p.with_name("unknown.onnx")), "the file does not tell how its pixels are normalised"),
         (lambda p: detector_file(p, tail="Exp", bias=2), "neither probabilities nor logits"),
-        (lambda p: p.with_suffix(".engine").write_bytes(b"x") and p.with_suffix(".engine"), "give the ONNX file that"),
         (lambda p: p.with_suffix(".pth").write_bytes(b"x") and p.with_suffix(".pth"), "a checkpoint; export it first"),
         (lambda p: p, "no such model file"),
         (lambda p: p.write_bytes(b"x") and p, "not an ONNX model that ONNX Runtime can load"),
@@ -254,14 +244,6 @@ def detector_path(tmp_path_factory):
     return detector_file(tmp_path_factory.mktemp("detector") / "modnet.onnx", batch="B", size=("H", "W"))
 
 
-def kept(detector, images, folder):
-    """The detector by hand, its SISMs saved as files."""
-    seen = [detector.look(image) for image in images]
-    for i, (image, found) in enumerate(zip(seen, detector(seen), strict=True)):
-        save_grey(finished(image, found), folder / f"{i}.png")
-    return [folder / f"{i}.png" for i in range(len(images))]
-
-
 @pytest.mark.parametrize("kind", ["plain", "packed", "chunks"])
 def test_the_chain_is_the_detector_then_icnet_to_the_bit(exports, detector_path, tmp_path, kind):
     options = {
@@ -355,18 +337,6 @@ def test_a_map_of_icnet_predict_is_a_sism_though_it_is_nearly_empty(tmp_path):
     Image.open(tmp_path / "map.png").save(tmp_path / "edited.png")
     with pytest.raises(InputError, match="its values are 0 and 1 of 255"):
         sism_tensor(tmp_path / "edited.png")
-
-
-@pytest.fixture(scope="module")
-def egnet_file(tmp_path_factory):
-    torch.manual_seed(0)
-    network = EGNet(1 / 32).eval()
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.mul_(1.5)
-    path = tmp_path_factory.mktemp("egnet") / "any_name.onnx"
-    write_egnet(network, path)
-    return path
 
 
 def test_egnet_runs_at_an_images_own_size_without_a_preset(exports, egnet_file):

@@ -189,6 +189,30 @@ def test_a_flat_sism_is_said_by_name(icnet, onnx_file, tmp_path, detector):
     assert f"icnet predict: {tmp_path / 'fog/grey.png'}: nothing stands out in it: its SISM is flat" in err
 
 
+@pytest.mark.parametrize(("backend", "suffix"), [("openvino", ".xml"), ("mnn", ".mnn")])
+def test_detectors_for_other_engines(icnet, onnx_file, photos, detector, tmp_path, backend, suffix):
+    """Built, and run beside a model for ONNX Runtime; what is built under another name is of the same family."""
+    pytest.importorskip({".xml": "openvino", ".mnn": "MNN"}[suffix], reason="it is not installed")
+    built = tmp_path / f"detector{suffix}"
+    assert icnet("build", "--backend", backend, "--onnx", detector, "-o", built)[0] == 0
+    found = {}
+    for path in (detector, built):
+        out = tmp_path / f"out{path.suffix}"
+        code, _, err = icnet("predict", photos, "-m", onnx_file, "--sism-model", path, "-o", out, "--keep-sisms")
+        assert code == 0
+        assert "(taken for U²-Net by its name)" in err
+        found[path] = {name: np.asarray(Image.open(out / name), int) for name in pngs(out)}
+    assert found[detector].keys() == found[built].keys()
+    for name, image in found[detector].items():
+        if "sisms" in name:
+            assert abs(image - found[built][name]).max() <= 1
+    record = json.loads((tmp_path / f"out{suffix}/dogs/icnet.json").read_text())["made_from"]
+    assert record["models"]["detector"] == sha256(built.read_bytes()).hexdigest()
+    code, _, err = icnet("predict", photos, "-m", built, "--sism-model", detector, "-o", tmp_path / "out")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "a detector goes in sism_model (--sism-model)" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

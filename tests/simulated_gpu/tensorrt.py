@@ -17,7 +17,8 @@ MAGIC = b"simulated engine\n"
 def engine_file(path, onnx_path, profiles, version="10.16.0", name="Unnamed Network 0", host_code=False):
     """Write an engine for the simulated TensorRT of that version.
 
-    A profile is (min, opt, max), the lengths of all inputs, or a dict of such by the inputs' names.
+    A profile is (min, opt, max), the lengths of all inputs, or a dict of such by the inputs' names. A length may be a
+    whole shape, where other axes than the first are dynamic.
     """
     fields = {"version": version, "profiles": profiles, "name": name, "host_code": host_code}
     header = json.dumps(fields).encode() + b"\n"
@@ -85,16 +86,26 @@ def tensorrt(gpu):
 
         def set_input_shape(self, name, shape):
             check(self.engine.is_input(name), f"no input {name}")
-            low, _, high = self.engine.lengths(name, self.active_optimization_profile)
-            fixed = tuple(self.engine.tensors[name].shape[1:])
-            if gpu.refuse_shapes or not low <= shape[0] <= high or tuple(shape[1:]) != fixed:
-                say(Severity.ERROR, f"setInputShape: {name} {shape} is not within {low} to {high}, {fixed}")
+            low, _, high = self.engine.get_tensor_profile_shape(name, self.active_optimization_profile)
+            within = len(shape) == len(low) and all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True))
+            if gpu.refuse_shapes or not within:
+                limits = f"{low[0]} to {high[0]}, {low[1:]} to {high[1:]}"
+                say(Severity.ERROR, f"setInputShape: {name} {shape} is not within {limits}")
                 self.refused = True
                 return False
             self.shapes[name] = tuple(shape)
             self.refused = False
             self.version += 1
             return True
+
+        def get_tensor_shape(self, name):
+            check(set(self.shapes) == set(self.engine.inputs), "asked for a shape before all inputs have theirs")
+            known = {
+                axis: length
+                for each, shape in self.shapes.items()
+                for axis, length in zip(self.engine.tensors[each].shape, shape, strict=True)
+            }
+            return tuple(known.get(axis, axis) for axis in self.engine.tensors[name].shape)
 
         def execute_async_v3(self, handle):
             gpu.need_context()
@@ -123,7 +134,7 @@ def tensorrt(gpu):
                 gpu.device_view(address, size)[:8] = 1
                 self.engine.compute(shapes, addresses)
 
-            gpu.queue(stream, "execute", shapes["images"][0], work)
+            gpu.queue(stream, "execute", next(iter(shapes.values()))[0], work)
             return True
 
     class Engine:
@@ -138,16 +149,13 @@ def tensorrt(gpu):
             self.tensors = self.inputs | {t.name: t for t in self.session.get_outputs()}
             self.num_io_tensors = len(self.tensors)
             self.num_optimization_profiles = len(self.profiles)
+            first = next(iter(self.inputs))
             self.device_memory_size_v2 = 4096 * max(
-                self.lengths("images", i)[2] for i in range(self.num_optimization_profiles)
+                self.get_tensor_profile_shape(first, i)[2][0] for i in range(self.num_optimization_profiles)
             )
 
         def __del__(self):
             gpu.drop("engine")
-
-        def lengths(self, name, index):
-            profile = self.profiles[index]
-            return profile[name] if isinstance(profile, dict) else profile
 
         def is_input(self, name):
             return name in self.inputs
@@ -156,8 +164,8 @@ def tensorrt(gpu):
             return list(self.tensors)[index]
 
         def get_tensor_dtype(self, name):
-            types = {"tensor(uint8)": "uint8", "tensor(float)": "float32", "tensor(int32)": "int32"}
-            return types[self.tensors[name].type]
+            names = {"tensor(float)": "float32"}
+            return names.get(self.tensors[name].type, self.tensors[name].type.removeprefix("tensor(").rstrip(")"))
 
         def get_tensor_shape(self, name):
             return tuple(d if isinstance(d, int) else -1 for d in self.tensors[name].shape)
@@ -166,7 +174,9 @@ def tensorrt(gpu):
             return Mode.INPUT if self.is_input(name) else Mode.OUTPUT
 
         def get_tensor_profile_shape(self, name, index):
-            return [(n, *self.tensors[name].shape[1:]) for n in self.lengths(name, index)]
+            profile = self.profiles[index]
+            lengths = profile[name] if isinstance(profile, dict) else profile
+            return [tuple(n) if isinstance(n, list) else (n, *self.tensors[name].shape[1:]) for n in lengths]
 
         def create_runtime_config(self):
             return RuntimeConfig()
@@ -188,9 +198,9 @@ def tensorrt(gpu):
                 dtype = np.dtype(self.get_tensor_dtype(name))
                 data = gpu.device_view(addresses[name], int(np.prod(shape)) * dtype.itemsize)
                 feeds[name] = data.copy().view(dtype).reshape(shape)
-            (output,) = self.tensors.keys() - self.inputs.keys()
-            found = self.session.run([output], feeds)[0]
-            gpu.device_view(addresses[output], found.nbytes)[:] = found.reshape(-1).view(np.uint8)
+            outputs = [name for name in self.tensors if name not in self.inputs]
+            for name, found in zip(outputs, self.session.run(outputs, feeds), strict=True):
+                gpu.device_view(addresses[name], found.nbytes)[:] = found.reshape(-1).view(np.uint8)
 
     class RuntimeCache:
         """The compiled kernels: here, the profiles that have run."""
