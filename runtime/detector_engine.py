@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from runtime.backends import Backend
 from runtime.backends.onnx_gpu import Provider
 from runtime.backends.onnx_session import reason, session_tensors, start_session
-from runtime.backends.opening import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES, OPENVINO_SUFFIX, OTHER_SUFFIXES, open_backend
+from runtime.backends.opening import CHECKPOINT_SUFFIXES, OPENVINO_SUFFIX, OTHER_SUFFIXES, open_backend
 from runtime.backends.tensorrt import TensorRTBackend
 from runtime.contract import Interface
 from runtime.detector_contract import candidates, channels_first, check_detector
@@ -80,7 +80,7 @@ def open_engine(
     backend = open_backend(
         path,
         threads=threads,
-        device=device if suffix in (*ENGINE_SUFFIXES, OPENVINO_SUFFIX) and isinstance(device, takes) else None,
+        device=device if isinstance(device, takes) else None,
         slots=1,
         allow_host_code=allow_host_code,
         verify=verify,

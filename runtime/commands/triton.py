@@ -163,7 +163,10 @@ def _look(model: Path) -> tuple[ExportKind | None, int, dict[str, Any]]:
         sidecar = model.with_name(f"{model.name}.json")
         record = json.loads(sidecar.read_bytes()) if sidecar.is_file() else {}
         smallest = min((profile["min"] for profile in record.get("profiles", [])), default=1)
-        return (ExportKind(record["kind"]) if "kind" in record else None), smallest, record
+        kind = ExportKind(record["kind"]) if "kind" in record else None
+        if kind is ExportKind.DETECTOR:
+            raise ModelError(f"{model}: a detector, and icnet triton is for ICNet's files")
+        return kind, smallest, record
     if suffix == MNN_SUFFIX or (not model.exists() and "banked" in model_files(model, False)):
         return None, 1, {}
     check_seal(model)

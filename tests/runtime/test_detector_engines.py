@@ -12,6 +12,7 @@ import pytest
 
 from export import to_mnn, to_openvino
 from export.noise import DIRECT, WINOGRAD, with_noise
+from export.onnx_file import load_model
 from export.tensorrt_engine import Options, Profile, build_engine, trtexec_commands
 from runtime import DependencyError, InputError, ModelError, Predictor
 from runtime.detector import Detector
@@ -66,7 +67,7 @@ def test_egnets_maps_are_those_of_onnx_runtime_at_every_size(egnet_file, tmp_pat
     assert all(one.max() - one.min() > 0.3 for one in expected)
     allowed = np.zeros(2)
     if noise is not None:
-        (tmp_path / "noisy.onnx").write_bytes(with_noise(onnx.load(egnet_file), noise))
+        (tmp_path / "noisy.onnx").write_bytes(with_noise(load_model(egnet_file), noise))
         allowed = 4 * distance(maps_of(Detector(tmp_path / "noisy.onnx", threads=1), IMAGES), expected)
         assert allowed[1] < 2e-3
     for _ in range(3):  # on a GPU: plain, captured, replayed
@@ -226,6 +227,8 @@ def test_tensorrt_builds_them_with_profiles_over_batch_and_size(icnet, egnet_fil
     record = json.loads(output.with_name("d.engine.json").read_text())
     assert record["kind"] == "detector"
     assert record["options"]["sides"] == {"min": 32, "opt": 96, "max": 160}
+    code, _, err = icnet("triton", "--model", output, "--output", tmp_path / "repository")
+    assert (code, "d.engine: a detector, and icnet triton is for ICNet's files" in err) == (2, True)
     others = detector_file(tmp_path / "u2net.onnx", maps=7)
     record = build_engine(others, output, [Profile(1, 1, 1)])
     assert (record["kind"], record["onnx"]) == ("detector", "u2net.onnx")
