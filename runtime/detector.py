@@ -128,7 +128,7 @@ class Detector:
         sides = slice(2, 4) if self._first else slice(1, 3)
         self._most = high[0]  # images in a call
         self._least_sides = [-(-n // self._multiple) * self._multiple for n in low[sides]]  # height, width
-        self._most_sides = [n // self._multiple * self._multiple for n in high[sides]]
+        self._most_sides = [n // self._multiple * self._multiple or n for n in high[sides]]
         self._max_side = min(MAX_SIDE, max(self._most_sides))
         self._minmax = minmax if minmax is not None else family is not None and family.minmax and not own
         self._logits = False

@@ -119,6 +119,17 @@ def test_the_chain_is_the_detector_then_icnet_to_the_bit(exports, egnet_file, tm
     assert gpu.leaks() == {}
 
 
+def test_the_detector_has_the_next_group_while_the_gpu_has_this(exports, egnet_file, tmp_path, gpu, monkeypatch):
+    call = Detector.__call__
+    monkeypatch.setattr(Detector, "__call__", lambda *a: gpu.note("detect", None) or call(*a))
+    model = engine_file(tmp_path / "icnet.engine", exports, [(1, 2, 4)])
+    with Predictor(model, sism_model=egnet_file, threads=1) as predictor:
+        assert len(list(predictor.predict_groups([IMAGES[:2]] * 4))) == 4
+    detects, waits = ([i for i, (kind, *_) in enumerate(gpu.log) if kind == name] for name in ("detect", "wait"))
+    assert len(detects) == len(waits) == 4
+    assert all(detects[k + 1] < waits[k] for k in range(3))
+
+
 @pytest.mark.usefixtures("gpu")
 def test_an_engines_own_range_of_sizes_holds(egnet_file, tmp_path, caplog):
     """Smaller and larger images are resized to what it takes; more than one call takes go in several."""
