@@ -17,7 +17,7 @@ from export.tensorrt_engine import Options, Profile, build_engine, trtexec_comma
 from runtime import DependencyError, InputError, ModelError, Predictor
 from runtime.detector import Detector
 from tests.export.engines import SIZES
-from tests.helpers import HAS_TENSORRT_RTX
+from tests.helpers import HAS_TENSORRT_RTX, convert_to_mnn
 from tests.runtime.detectors import detector_file, kept, picture
 from tests.simulated_gpu import Gpu, engine_file, install
 
@@ -163,7 +163,13 @@ def mistaken(detector_file_, exports, tmp_path, suffix):
     if suffix == ".engine":
         icnet = engine_file(tmp_path / "icnet.engine", exports, [(1, 2, 4)])
         return engine_file(tmp_path / "d.engine", detector_file_, [(1, 2, 4)]), icnet
-    return build(detector_file_, suffix), build(exports, suffix, tmp_path / f"icnet{suffix}")
+    icnet = tmp_path / f"icnet{suffix}"
+    if suffix == ".xml":
+        to_openvino.convert(onnx.load(exports), icnet, icnet.with_suffix(".bin"))
+    else:
+        shutil.copy(exports, icnet)
+        convert_to_mnn(icnet)
+    return build(detector_file_, suffix), icnet
 
 
 @pytest.mark.usefixtures("gpu")
