@@ -152,6 +152,8 @@ def _detector(args: argparse.Namespace) -> Path | None:
     detector = args.sism_model or bundled("detector.onnx")
     if detector is None:
         raise InputError("--files: no detector comes with this package; name one with --sism-model FILE")
+    if Path(detector).suffix.lower() in (*ENGINE_SUFFIXES, OPENVINO_SUFFIX):  # these need a GPU here, or a second file
+        raise ModelError(f"{detector}: icnet triton takes a detector's ONNX or MNN file")
     return Path(detector)
 
 

@@ -173,6 +173,7 @@ def test_what_can_not_be_served(icnet, exports, ragged_file, engine, tmp_path):
         (ragged_file, ("--backend", "tensorrt"), "an ONNX file runs with --backend onnxruntime"),
         (exports, ("--files",), "--files and --sism-model: a detector takes --backend python"),
         (exports, (*python, "--sism-model", "none.onnx"), "none.onnx: no such model file"),
+        (exports, (*python, "--sism-model", "d.xml"), "d.xml: icnet triton takes a detector's ONNX or MNN file"),
         (exports, (*python, "--sism-normalise", "half"), "--sism-normalise and --sism-minmax: are for a detector"),
         (ragged_file, ("--site", "/x"), "--site: is for --backend python"),
         (ragged_file, ("--device", "tensorrt"), "--device tensorrt: build an engine"),
