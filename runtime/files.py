@@ -325,6 +325,17 @@ def digest(path: Path) -> str:
         raise InputError(f"{path}: can't be read: {error.strerror or error}") from error
 
 
+def model_digest(path: Path) -> str:
+    """SHA-256 of a model: of its file; of an OpenVINO file NAME.xml, of what NAME.xml and NAME.bin have.
+
+    Raises:
+        InputError: a file can't be read.
+    """
+    if path.suffix.lower() != ".xml":
+        return digest(path)
+    return hashlib.sha256((digest(path) + digest(path.with_suffix(".bin"))).encode()).hexdigest()
+
+
 def _identity(path: str | os.PathLike[str]) -> tuple[int, int] | str:
     """The same for all paths that lead to one file: a tuple if it is there."""
     try:

@@ -19,7 +19,7 @@ from runtime.commands.report import Report
 from runtime.commands.results import DETECTOR, GroupResults
 from runtime.commands.summary import Summary
 from runtime.errors import ICNetError, InputError, ModelError, printable
-from runtime.files import bank_files, bundled, digest
+from runtime.files import bank_files, bundled, model_digest
 from runtime.groups import Group, find_groups
 from runtime.predictor import BUILTIN, Predictor
 from runtime.stream import Task
@@ -178,11 +178,11 @@ class Work:
         self._args, self._predictor, self._asked = args, predictor, asked
         banked = args.bank is not None
         used = model_files(model_of(args), banks_only=banked) | ({"bank": args.bank} if banked else {})
-        self._models = {role: (path, digest(path)) for role, path in used.items()}
+        self._models = {role: (path, model_digest(path)) for role, path in used.items()}
         self._detected, self._with_detector = "", self._models
         if (detector := predictor.detector) is not None:
             self._detected = detector.settings
-            self._with_detector = self._models | {DETECTOR: (detector.path, digest(detector.path))}
+            self._with_detector = self._models | {DETECTOR: (detector.path, model_digest(detector.path))}
 
     def results(self, group: Group) -> GroupResults:
         """The results of a group, of which some may be there already.

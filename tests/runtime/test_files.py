@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from runtime import OutputError, files
-from runtime.files import check_outputs, replacing, write_bytes
+from runtime.files import check_outputs, model_digest, replacing, write_bytes
 
 LIMITED = """
 import resource, sys
@@ -194,3 +194,17 @@ def test_locked_folders_keep_others_out(tmp_path):
         time.sleep(1.5)
         assert other.poll() is None
     assert other.communicate(timeout=60)[0] == b"1\n"
+
+
+def test_both_files_of_an_openvino_model_are_its_digest(tmp_path):
+    """An IR of others has no digest of its weights in it: `--resume` would take new weights for the old ones."""
+    model, weights = tmp_path / "a.xml", tmp_path / "a.bin"
+    model.write_text("<net/>")
+    weights.write_bytes(bytes(8))
+    before = model_digest(model)
+    assert model_digest(model) == before != model_digest(weights)
+    weights.write_bytes(bytes(7) + b"\1")
+    assert model_digest(model) != before
+    weights.write_bytes(bytes(8))
+    model.write_text("<net />")
+    assert model_digest(model) != before
