@@ -109,8 +109,8 @@ def replacing_folder(path: Path, place: Path) -> Iterator[Path]:
             for dead in [one for one in place.iterdir() if TEMPORARY.fullmatch(one.name) and one.is_dir()]:
                 shutil.rmtree(dead)
             temporary, old = (place / f".icnet-{secrets.token_hex(8)}" for _ in range(2))
-            temporary.mkdir()
             try:
+                temporary.mkdir()
                 yield temporary
                 for file in [file for file in temporary.rglob("*") if file.is_file()]:
                     with file.open("rb") as opened:
@@ -361,18 +361,20 @@ def _temporary_file(target: Path) -> Iterator[Path]:
     """A new file beside `target`, locked by this process; deleted at the end if it is still there."""
     while True:
         path = target.with_name(f".icnet-{secrets.token_hex(8)}{target.suffix}")
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        with suppress(OSError):  # on a file system without locks nothing is swept
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if _is_at(path, descriptor):
-            break
-        os.close(descriptor)  # another run took it for a dead run's before it was locked
-    try:
-        yield path
-    finally:
-        with suppress(NotADirectoryError):
-            path.unlink(missing_ok=True)
-        os.close(descriptor)
+        try:  # a signal that comes while the file is made raises right after
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                with suppress(OSError):  # on a file system without locks nothing is swept
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+                if _is_at(path, descriptor):
+                    yield path
+                    return
+            finally:
+                os.close(descriptor)
+        finally:
+            with suppress(NotADirectoryError):
+                path.unlink(missing_ok=True)
+        # another run took it for a dead run's before it was locked
 
 
 def sweep(folder: Path) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from runtime import Bank, Predictor
 from runtime.detector import Detector
+from runtime.files import model_digest
 from tests.runtime.detectors import detector_file
 
 
@@ -207,7 +208,7 @@ def test_detectors_for_other_engines(icnet, onnx_file, photos, detector, tmp_pat
         if "sisms" in name:
             assert abs(image - found[built][name]).max() <= 1
     record = json.loads((tmp_path / f"out{suffix}/dogs/icnet.json").read_text())["made_from"]
-    assert record["models"]["detector"] == sha256(built.read_bytes()).hexdigest()
+    assert record["models"]["detector"] == model_digest(built)
     code, _, err = icnet("predict", photos, "-m", built, "--sism-model", detector, "-o", tmp_path / "out")
     assert (code, err.count("\n")) == (2, 1)
     assert "a detector goes in sism_model (--sism-model)" in err

@@ -132,6 +132,20 @@ def test_a_temporary_file_that_is_swept_before_it_is_locked_is_made_anew(tmp_pat
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a", b"whole")]
 
 
+def test_a_signal_while_the_temporary_file_is_made_leaves_nothing(tmp_path, monkeypatch):
+    make = files.os.open
+
+    def interrupted(path, *options):
+        os.close(make(path, *options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "a"):
+        pass
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_locks_files_are_written_and_nothing_is_swept(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(95, "Operation not supported")
