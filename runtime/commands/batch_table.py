@@ -77,6 +77,8 @@ def of_table(source: str) -> list[Row]:
         rows = table.select(columns).cast(pa.schema([(name, pa.string()) for name in columns])).to_pylist()
     except InputError:
         raise
+    except FileNotFoundError as error:
+        raise InputError(f"{source}: no such table") from error
     except Exception as error:  # each of fsspec's file systems has its own
         raise InputError(f"{source}: can't be read as a table: {one_line(error) or type(error).__name__}") from error
     if not rows:

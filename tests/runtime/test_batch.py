@@ -212,8 +212,8 @@ def test_bad_options(icnet, data, onnx_file, tmp_path):
         closed = f"127.0.0.1:{free.getsockname()[1]}"
     for argv, message in (
         ((tmp_path / "no.parquet", "-m", onnx_file, "-o", out), "no.parquet: can't be read as a table: "),
-        ((tmp_path / "none.parquet", "-m", onnx_file, "-o", out), "none.parquet: can't be read as a table: "),
-        (("memory://none.parquet", "-m", onnx_file, "-o", out), "memory://none.parquet: can't be read as a table: "),
+        ((tmp_path / "none.parquet", "-m", onnx_file, "-o", out), "none.parquet: no such table"),
+        (("memory://none.parquet", "-m", onnx_file, "-o", out), "memory://none.parquet: no such table"),
         ((groups, "-m", tmp_path / "no.onnx", "-o", out), "no.onnx: no such model file"),
         ((groups, "-m", onnx_file, "-o", "s3://bucket/out"), "--output s3://bucket/out: results are renamed"),
         ((groups, "-m", onnx_file, "-o", tmp_path / "theirs"), "status.parquet: was not made by icnet batch"),
