@@ -31,9 +31,9 @@ def check_dynamic(path: Path, interface: Interface) -> None:
     """Raise ModelError for an ICNet that was exported for groups or banks of one size."""
     if interface.kind is ExportKind.DETECTOR:
         return
-    if fixed := [spec for spec in interface.inputs if isinstance(spec.shape[0], int)]:
+    if static := [spec for spec in interface.inputs if isinstance(spec.shape[0], int)]:
         raise ModelError(
-            f"{path}: exported for a fixed size, {fixed[0]}; export it with dynamic axes (icnet export does)"
+            f"{path}: exported for a fixed size, {static[0]}; export it with dynamic axes (icnet export does)"
         )
 
 

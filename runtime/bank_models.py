@@ -1,6 +1,5 @@
 """The two models of a bank export: images to SIVs, and images with a bank to maps; both in chunks."""
 
-import hashlib
 from collections import deque
 from itertools import pairwise
 
@@ -11,7 +10,7 @@ from runtime.backends import Backend, Pending
 from runtime.bank import Bank
 from runtime.contract import ExportKind
 from runtime.errors import InputError, ModelError
-from runtime.files import digest
+from runtime.files import joint_digest
 
 MAX_IMAGES = 32  # in one call of a model that takes any number
 
@@ -51,8 +50,7 @@ class BankModels:
     def model(self) -> str:
         """What a bank is known by, see `Bank.model`."""
         if self._model is None:
-            both = digest(self._intra.path) + digest(self._banked.path)
-            self._model = hashlib.sha256(both.encode()).hexdigest()
+            self._model = joint_digest(self._intra.path, self._banked.path)
         return self._model
 
     def sivs(self, images: NDArray[np.uint8], sisms: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -61,8 +61,8 @@ def check_detector(path: object, inputs: Sequence[TensorSpec], outputs: Sequence
 
 def check_any(path: object, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> Interface:
     """The tensors of an exported ICNet, or of a detector; arguments and errors are those of the two checks."""
-    single = len(inputs) == 1 and len(inputs[0].shape) == 4
-    return (check_detector if single else check_contract)(path, inputs, outputs)
+    one_image = len(inputs) == 1 and len(inputs[0].shape) == 4
+    return (check_detector if one_image else check_contract)(path, inputs, outputs)
 
 
 def candidates(interface: Interface) -> list[str]:

@@ -187,16 +187,23 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, wait: bool = True) -> Iterator[None]:
     """Keep other runs, and other threads of this one, out of the block while they lock the same folder.
 
+    Args:
+        folder: the folder.
+        wait: for those that hold it. If not, it must be certain that there are none.
+
     Raises:
-        OSError: the folder can't be opened.
+        OSError: the folder can't be opened; or without `wait`, it can't be locked (BlockingIOError: another holds it).
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if wait:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(descriptor)
@@ -331,9 +338,16 @@ def model_digest(path: Path) -> str:
     Raises:
         InputError: a file can't be read.
     """
-    if path.suffix.lower() != ".xml":
-        return digest(path)
-    return hashlib.sha256((digest(path) + digest(path.with_suffix(".bin"))).encode()).hexdigest()
+    return joint_digest(path, path.with_suffix(".bin")) if path.suffix.lower() == ".xml" else digest(path)
+
+
+def joint_digest(*paths: Path) -> str:
+    """One SHA-256 of several files, from that of each.
+
+    Raises:
+        InputError: a file can't be read.
+    """
+    return hashlib.sha256("".join(map(digest, paths)).encode()).hexdigest()
 
 
 def _identity(path: str | os.PathLike[str]) -> tuple[int, int] | str:

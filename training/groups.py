@@ -1,7 +1,6 @@
 """`icnet data paste`: a data set of groups made by cut and paste; and the options by which such groups are made."""
 
 import argparse
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from rich.progress import track
 
 from runtime.commands.options import number, share
 from runtime.errors import DependencyError, InputError, OutputError, how_to_install
-from runtime.files import output_errors, replacing, write_picture
+from runtime.files import locked, output_errors, replacing, write_picture
 
 if TYPE_CHECKING:
     from training.paste import CutPaste, Group
@@ -113,10 +112,8 @@ def _whole(folder: Path) -> Iterator[Path]:
     unfinished = Path(os.path.realpath(folder.with_name(f".{folder.name}.unfinished")))
     with output_errors(folder), ExitStack() as stack:
         unfinished.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(unfinished, os.O_RDONLY | os.O_DIRECTORY)
-        stack.callback(os.close, descriptor)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(unfinished, wait=False))
         except BlockingIOError as error:
             raise OutputError(f"{folder}: another run is writing it") from error
         stack.callback(shutil.rmtree, unfinished, ignore_errors=True)

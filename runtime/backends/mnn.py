@@ -4,15 +4,10 @@ One session serves calls of all lengths. A change of length plans the memory ane
 long to compute, stay. A call uses all of the session's threads, so calls from several threads take turns.
 """
 
-import ctypes
 import json
 import mmap
-import os
 import struct
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -26,6 +21,7 @@ from runtime.backends.onnx import Finished
 from runtime.contract import SIZE, WEIGHTS, Contract, ExportKind, TensorSpec, card_of, check_contract
 from runtime.errors import DependencyError, ICNetError, ModelError, how_to_install, one_line
 from runtime.files import check_model_file, utf8_name
+from runtime.silence import STDOUT, silenced
 from runtime.threads import cores, native_calls
 
 OUT_OF_MEMORY = 1  # MNN's ErrorCode
@@ -55,7 +51,7 @@ class MnnBackend:
     def __init__(self, path: Path, threads: int | None = None, contract: Contract = check_contract) -> None:
         self.path = path
         check_model_file(path)
-        with _silence(), native_calls:
+        with silenced(STDOUT), native_calls:  # MNN's C++ prints when it is imported and when it refuses a file
             try:
                 import MNN
             except ImportError as error:
@@ -201,32 +197,3 @@ def _width(notes: dict[str, Any]) -> float:
         return float(notes["width"])
     except (KeyError, TypeError, ValueError):
         return 1.0
-
-
-_silencing = threading.Lock()  # one at a time: a second call would save the first call's /dev/null as standard output
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Keep off standard output what MNN's C++ prints when it is imported and when it refuses a file.
-
-    What other threads write there meanwhile is lost too, so this is for moments only.
-    """
-    with _silencing:
-        try:
-            sys.stdout.flush()
-            saved = os.dup(1)
-        except (OSError, ValueError, AttributeError):  # there is no standard output
-            yield
-            return
-        libc = ctypes.CDLL(None) if os.name == "posix" else ctypes.cdll.msvcrt
-        libc.fflush(None)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.close(nowhere)
-        try:
-            yield
-        finally:
-            libc.fflush(None)
-            os.dup2(saved, 1)
-            os.close(saved)

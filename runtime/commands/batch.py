@@ -6,14 +6,12 @@ Of the outcomes the driver writes one table.
 """
 
 import argparse
-import fcntl
 import logging
 import os
 import secrets
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -31,7 +29,8 @@ from runtime.commands.detector import BUILTIN, default_detector, sism_source, sp
 from runtime.commands.options import number, positive
 from runtime.commands.predict import add_model_arguments, model_files, model_of
 from runtime.errors import DependencyError, ICNetError, InputError, ModelError, how_to_install, one_line, printable
-from runtime.files import check_model_file, output_errors, remove
+from runtime.files import check_model_file, locked, output_errors, remove
+from runtime.silence import STDERR, silenced
 from runtime.threads import cores
 
 if TYPE_CHECKING:
@@ -230,7 +229,7 @@ def _ray(args: argparse.Namespace) -> Iterator[str | None]:
         warnings.filterwarnings("ignore", module="ray")
         stack.callback(ray.shutdown)
         try:
-            with _silent():
+            with silenced(STDERR):  # Ray's C++ code tells the level of its log
                 ray.init(logging_level=logging.ERROR, log_to_driver=False, **place)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             where = f"--address {args.address}: can't be joined" if args.address else "Ray does not start"
@@ -242,40 +241,15 @@ def _ray(args: argparse.Namespace) -> Iterator[str | None]:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """Keep what Ray's C++ code says of the level of its log from standard error."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-@contextmanager
 def _temporary_folder() -> Iterator[str]:
     """A folder for Ray's files, locked while this process lives; those of killed ones are deleted."""
-    folder = tempfile.mkdtemp(prefix=FOLDER)
+    folder = Path(tempfile.mkdtemp(prefix=FOLDER))
     try:
-        if len(folder) > LONGEST:
+        if len(str(folder)) > LONGEST:
             raise InputError(f"{folder}: too long a path for Ray's sockets; set TMPDIR to a shorter one")
-        with _locked(folder):
-            yield folder
+        with locked(folder, wait=False):
+            yield str(folder)
     finally:
         for dead in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):  # this one too
-            with suppress(OSError), _locked(dead):
+            with suppress(OSError), locked(dead, wait=False):
                 shutil.rmtree(dead)
-
-
-@contextmanager
-def _locked(folder: str | Path) -> Iterator[None]:
-    """Lock a folder; raises OSError if another process has it."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)

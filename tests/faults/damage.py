@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import zipfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -269,3 +272,16 @@ def npy(array: np.ndarray, shape: tuple[int, ...] | None = None, **options: Any)
     described = np.lib.format.header_data_from_array_1_0(array) | {"shape": shape}
     np.lib.format.write_array_header_1_0(header, described)
     return header.getvalue() + array.tobytes()
+
+
+def unusable(case: Case, path: Path) -> list[Callable[[], Any]]:
+    """Ways to put at `path` what no program can read as a model."""
+    return [
+        lambda: path.write_bytes(case.rng.bytes(int(case.number(1, 1e5)))),
+        lambda: path.write_bytes(hostile_text(case)),
+        lambda: path.write_bytes(b""),
+        path.mkdir,
+        lambda: os.mkfifo(path),
+        lambda: path.symlink_to("/dev/zero"),
+        lambda: path.symlink_to(path),
+    ]

@@ -1,6 +1,5 @@
 """Kinds of cases around detectors: damaged and foreign files, NaN, and what changes between a run and its resuming."""
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import onnx
 from PIL import Image
 
 from runtime.files import bank_files
-from tests.faults.damage import damaged, hostile_text, picture
+from tests.faults.damage import damaged, picture, unusable
 from tests.faults.lab import Case, Kind, Lab, captured, command, ended, part_of, same_tree, settle, start, tree
 from tests.runtime.detectors import detector_file
 
@@ -107,13 +106,7 @@ def foreign_detectors(lab: Lab, case: Case) -> None:
         edited,
         lambda: shutil.copy(case.one_of(icnets), path),
         lambda: shutil.copy(case.one_of([lab.checkpoint, lab.bank, lab.data / "img/ant/00.png"]), path),
-        lambda: path.write_bytes(case.rng.bytes(int(case.number(1, 1e5)))),
-        lambda: path.write_bytes(hostile_text(case)),
-        lambda: path.write_bytes(b""),
-        path.mkdir,
-        lambda: os.mkfifo(path),
-        lambda: path.symlink_to("/dev/zero"),
-        lambda: path.symlink_to(path),
+        *unusable(case, path),
     ]
     out = case.folder / "out"
     if case.rng.random() < 0.2:

@@ -3,7 +3,6 @@
 import io
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +28,7 @@ from tests.faults.damage import (
     npy,
     npz,
     picture,
+    unusable,
 )
 from tests.faults.lab import Case, Kind, Lab, attempt, captured, command, ended, message, part_of, settle, start
 
@@ -223,13 +223,7 @@ def foreign_models(lab: Lab, case: Case) -> None:
         edited,
         edited,
         edited,
-        lambda: path.write_bytes(case.rng.bytes(int(case.number(1, 1e5)))),
-        lambda: path.write_bytes(hostile_text(case)),
-        lambda: path.write_bytes(b""),
-        path.mkdir,
-        lambda: os.mkfifo(path),
-        lambda: path.symlink_to("/dev/zero"),
-        lambda: path.symlink_to(path),
+        *unusable(case, path),
         lambda: shutil.copy(lab.data / "img/ant/00.png", path),
         lambda: shutil.copy(lab.bank, path),
         lambda: shutil.copy(bank_files(lab.models["bank"])[0], path),
